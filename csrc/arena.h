@@ -1,0 +1,37 @@
+// The staging memory: one mapping, cut into equal page-aligned chunks.
+//
+// Forked children do not inherit it (MADV_DONTFORK): O_DIRECT from private pages while another
+// thread forks is undefined (open(2), NOTES), and DataLoader workers fork.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace asyncckpt {
+
+class Arena {
+ public:
+  // `chunk_nbytes` must be a multiple of 4096 and `chunks` at least 1; throws std::bad_alloc when the
+  // address space cannot be had. Pages are not touched yet.
+  Arena(size_t chunks, size_t chunk_nbytes);
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  char* chunk(size_t index) const { return base_ + index * chunk_nbytes_; }
+  size_t chunks() const { return chunks_; }
+  size_t chunk_nbytes() const { return chunk_nbytes_; }
+  size_t nbytes() const { return chunks_ * chunk_nbytes_; }
+
+  // Makes the pages present, so that the first save need not; stops early when `stop` turns true.
+  // Safe beside threads that already use the chunks.
+  void prefault(const std::atomic<bool>& stop);
+
+ private:
+  char* base_;
+  size_t chunks_;
+  size_t chunk_nbytes_;
+};
+
+}  // namespace asyncckpt

@@ -1,0 +1,265 @@
+// The only file that knows Python. Every wait releases the GIL and lets signals through.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <limits>
+
+#include "crc32.h"
+#include "device.h"
+#include "engine.h"
+#include "faults.h"
+#include "image.h"
+#include "reader.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace asyncckpt;
+
+namespace {
+
+using Int64Table = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using UInt64Array = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// A wait returns to Python this often, to run signal handlers.
+constexpr double kSignalInterval_s = 0.1;
+
+template <typename Wait>
+bool wait_interruptibly(double timeout_s, Wait&& wait) {
+  for (;;) {
+    bool reached;
+    {
+      nb::gil_scoped_release release;
+      reached = wait(std::min(timeout_s, kSignalInterval_s));
+    }
+    if (reached) return true;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    timeout_s -= kSignalInterval_s;
+    if (timeout_s <= 0) return false;
+  }
+}
+
+std::shared_ptr<FileImage> make_image(const std::string& path, uint64_t nbytes, nb::bytes literals,
+                                      Int64Table extents, Int64Table fixups, uint32_t records) {
+  if (extents.shape(1) != 5 || fixups.shape(1) != 2)
+    throw nb::value_error("extents must be [n, 5] and fixups [m, 2]");
+  auto image = std::make_shared<FileImage>();
+  image->path = path;
+  image->nbytes = nbytes;
+  image->literals.assign(literals.c_str(), literals.size());
+  image->records = records;
+  image->extents.reserve(extents.shape(0));
+  for (size_t row = 0; row < extents.shape(0); ++row) {
+    const int64_t* e = extents.data() + row * 5;
+    if (e[0] < 0 || e[1] < 0 || e[3] < 0) throw nb::value_error("an extent has a negative field");
+    image->extents.push_back({static_cast<uint64_t>(e[0]), static_cast<uint64_t>(e[1]), e[2],
+                              static_cast<uint64_t>(e[3]), e[4]});
+  }
+  image->fixups.reserve(fixups.shape(0));
+  for (size_t row = 0; row < fixups.shape(0); ++row) {
+    const int64_t* f = fixups.data() + row * 2;
+    if (f[0] < 0 || f[1] < 0) throw nb::value_error("a fix-up has a negative field");
+    image->fixups.push_back({static_cast<uint64_t>(f[0]), static_cast<uint32_t>(f[1])});
+  }
+  const std::string problem = image->problem();
+  if (!problem.empty()) throw nb::value_error(problem.c_str());
+  return image;
+}
+
+void refuse_fork(const Engine& engine) {
+  if (engine.forked()) throw std::runtime_error("the engine belongs to the parent process");
+}
+
+nb::tuple times_of(Job& job) {
+  const JobTimes times = job.times();
+  return nb::make_tuple(times.released_s, times.written_s, times.finished_s, times.starved_s);
+}
+
+nb::object error_of(Job& job) {
+  const JobError error = job.error();
+  if (error.operation.empty()) return nb::none();
+  return nb::make_tuple(error.operation, error.path, error.offset, error.source, error.error_number);
+}
+
+nb::object error_of_reading(Reading& reading) {
+  const ReadError error = reading.error();
+  const char* kind = "";
+  switch (error.kind) {
+    case ReadError::Kind::none:
+      return nb::none();
+    case ReadError::Kind::os:
+      kind = "os";
+      break;
+    case ReadError::Kind::size:
+      kind = "size";
+      break;
+    case ReadError::Kind::crc:
+      kind = "crc";
+      break;
+  }
+  return nb::make_tuple(kind, error.operation, error.path, error.block, error.error_number,
+                        error.expected, error.got);
+}
+
+// A reading belongs to the process that began it; in a forked child its threads do not exist.
+struct FileReads {
+  std::vector<FileRead> files;
+
+  void add(const std::string& path, uint64_t nbytes, uint64_t block_nbytes,
+           std::vector<uint32_t> block_crcs, UInt64Array offsets, UInt64Array sizes,
+           UInt64Array addresses) {
+    if (offsets.shape(0) != sizes.shape(0) || offsets.shape(0) != addresses.shape(0))
+      throw nb::value_error("offsets, sizes and addresses differ in length");
+    FileRead file;
+    file.path = path;
+    file.nbytes = nbytes;
+    file.block_nbytes = block_nbytes;
+    file.block_crcs = std::move(block_crcs);
+    for (size_t i = 0; i < offsets.shape(0); ++i)
+      file.segments.push_back({offsets.data()[i], sizes.data()[i], addresses.data()[i]});
+    files.push_back(std::move(file));
+  }
+};
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "The native engine: file images to disk and back, without the GIL.";
+
+  nb::class_<FileImage>(m, "Image")
+      .def_prop_ro("path", [](const FileImage& image) { return image.path; })
+      .def_prop_ro("nbytes", [](const FileImage& image) { return image.nbytes; });
+  m.def("make_image", &make_image, "path"_a, "nbytes"_a, "literals"_a, "extents"_a, "fixups"_a,
+        "records"_a);
+
+  nb::class_<Job>(m, "Job")
+      .def(
+          "wait_released",
+          [](Job& job, double timeout_s) {
+            return wait_interruptibly(timeout_s, [&](double t) { return job.wait_released(t); });
+          },
+          "timeout_s"_a = std::numeric_limits<double>::infinity())
+      .def(
+          "wait_finished",
+          [](Job& job, double timeout_s) {
+            return wait_interruptibly(timeout_s, [&](double t) { return job.wait_finished(t); });
+          },
+          "timeout_s"_a = std::numeric_limits<double>::infinity())
+      .def("abort", &Job::abort, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("released", &Job::released)
+      .def_prop_ro("finished", &Job::finished)
+      .def_prop_ro("direct", &Job::direct)
+      .def_prop_ro("error", &error_of)
+      .def_prop_ro("times_s", &times_of)
+      .def("block_crcs", [](Job& job, size_t file) {
+        if (file >= job.files()) throw nb::index_error();
+        if (!job.finished()) throw std::runtime_error("the job has not finished");
+        return job.block_crcs(file);
+      })
+      .def("record_crcs", [](Job& job, size_t file) {
+        if (file >= job.files()) throw nb::index_error();
+        if (!job.finished()) throw std::runtime_error("the job has not finished");
+        return job.record_crcs(file);
+      });
+
+  nb::class_<Engine>(m, "Engine")
+      .def(
+          "__init__",
+          [](Engine* self, size_t arena_nbytes, size_t chunk_nbytes, unsigned copiers,
+             unsigned writers, bool direct, bool prefault) {
+            if (chunk_nbytes == 0 || chunk_nbytes % kDirectAlignment != 0)
+              throw nb::value_error("chunk_nbytes must be a positive multiple of 4096");
+            EngineOptions options;
+            options.arena_nbytes = arena_nbytes;
+            options.chunk_nbytes = chunk_nbytes;
+            options.copiers = copiers;
+            options.writers = writers;
+            options.direct = direct;
+            options.prefault = prefault;
+            new (self) Engine(options);
+          },
+          nb::kw_only(), "arena_nbytes"_a, "chunk_nbytes"_a, "copiers"_a, "writers"_a, "direct"_a,
+          "prefault"_a)
+      .def(
+          "submit",
+          [](Engine& engine, std::string directory,
+             const std::vector<std::shared_ptr<FileImage>>& images, UInt64Array addresses,
+             UInt64Array sizes) {
+            refuse_fork(engine);
+            if (addresses.shape(0) != sizes.shape(0))
+              throw nb::value_error("addresses and sizes differ in length");
+            std::vector<Source> sources(addresses.shape(0));
+            for (size_t i = 0; i < sources.size(); ++i)
+              sources[i] = {addresses.data()[i], sizes.data()[i]};
+            return engine.submit(std::move(directory), {images.begin(), images.end()},
+                                 std::move(sources));
+          },
+          "directory"_a, "images"_a, "addresses"_a, "sizes"_a, nb::keep_alive<0, 1>())
+      .def("close",
+           [](Engine& engine) {
+             refuse_fork(engine);
+             nb::gil_scoped_release release;
+             engine.close();
+           })
+      .def_prop_ro("forked", &Engine::forked)
+      .def_prop_ro("arena_nbytes", &Engine::arena_nbytes)
+      .def_prop_ro("chunk_nbytes", &Engine::chunk_nbytes)
+      .def_prop_ro("prefault_s", &Engine::prefault_s);
+
+  nb::class_<FileReads>(m, "FileReads")
+      .def(nb::init<>())
+      .def("add", &FileReads::add, "path"_a, "nbytes"_a, "block_nbytes"_a, "block_crcs"_a,
+           "offsets"_a, "sizes"_a, "addresses"_a);
+  m.def(
+      "read_files",
+      [](const FileReads& reads, unsigned threads, bool direct) {
+        if (reads.files.empty()) return nb::object(nb::none());
+        Reading reading(reads.files, threads, direct);
+        wait_interruptibly(std::numeric_limits<double>::infinity(),
+                           [&](double t) { return reading.wait(t); });
+        return error_of_reading(reading);
+      },
+      "reads"_a, "threads"_a, "direct"_a);
+
+  m.def(
+      "crc32",
+      [](uint64_t address, uint64_t nbytes, uint32_t crc) {
+        nb::gil_scoped_release release;
+        return crc32(crc, reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), nbytes);
+      },
+      "address"_a, "nbytes"_a, "crc"_a = 0);
+  m.def("crc32_portable", [](nb::bytes data, uint32_t crc) {
+    return crc32_portable(crc, data.c_str(), data.size());
+  }, "data"_a, "crc"_a = 0);
+  m.def("crc32_combine", &crc32_combine, "crc_a"_a, "crc_b"_a, "nbytes_b"_a);
+  m.def("crc32_kernel", &crc32_kernel);
+  m.def("copy_is_checked", &copy_is_checked);
+
+  nb::module_ f = m.def_submodule("faults", "Faults on demand, for tests.");
+  nb::enum_<faults::Op>(f, "Op")
+      .value("open", faults::Op::open)
+      .value("allocate", faults::Op::allocate)
+      .value("pwrite", faults::Op::pwrite)
+      .value("pread", faults::Op::pread)
+      .value("fsync", faults::Op::fsync)
+      .value("copy", faults::Op::copy);
+  nb::enum_<faults::Kind>(f, "Kind")
+      .value("error", faults::Kind::error)
+      .value("shorten", faults::Kind::shorten)
+      .value("kill", faults::Kind::kill)
+      .value("pause", faults::Kind::pause);
+  f.def("arm", &faults::arm, "op"_a, "nth"_a, "kind"_a, "error_number"_a = 0, "repeat"_a = false);
+  f.def("disarm", &faults::disarm);
+  f.def("resume", &faults::resume);
+  f.def("hits", &faults::hits, "op"_a);
+  f.def(
+      "wait_for_hits",
+      [](faults::Op op, uint64_t n, double timeout_s) {
+        nb::gil_scoped_release release;
+        return faults::wait_for_hits(op, n, timeout_s);
+      },
+      "op"_a, "n"_a, "timeout_s"_a = 30.0);
+}

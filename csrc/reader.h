@@ -1,0 +1,83 @@
+// The reading engine: files -> memory, every block checked against its CRC-32 in the same pass.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "file.h"
+
+namespace asyncckpt {
+
+struct Segment {  // bytes of a file and where they go
+  uint64_t offset;
+  uint64_t nbytes;
+  uint64_t address;
+};
+
+struct FileRead {
+  std::string path;
+  uint64_t nbytes = 0;        // expected size of the file
+  uint64_t block_nbytes = 0;  // a multiple of 4096
+  // One for each block of the file: then every block is read and checked, needed or not. Empty: only
+  // blocks with segments are read, unchecked.
+  std::vector<uint32_t> block_crcs;
+  std::vector<Segment> segments;  // sorted by offset, not overlapping in the file
+};
+
+struct ReadError {
+  enum class Kind { none, os, size, crc } kind = Kind::none;
+  std::string operation;
+  std::string path;
+  uint64_t block = 0;
+  int error_number = 0;
+  uint64_t expected = 0;
+  uint64_t got = 0;
+};
+
+// Runs in threads of its own until it ends, fails or is cancelled; it stops at the first error.
+// A block's bytes reach their targets only after the block was found good.
+class Reading {
+ public:
+  Reading(std::vector<FileRead> files, unsigned threads, bool direct);
+  ~Reading();  // cancels and joins
+  Reading(const Reading&) = delete;
+  Reading& operator=(const Reading&) = delete;
+
+  bool wait(double timeout_s);  // true when no thread works any more
+  void cancel();
+  ReadError error();  // of those found, the one in the lowest block of the first file
+  uint64_t bytes_read() const { return bytes_read_; }
+
+ private:
+  struct Opened {
+    File file;
+    std::once_flag once;
+  };
+
+  void read_loop();
+  ReadError read_block(size_t file, uint64_t block, char* buffer);
+  ReadError open(size_t file);
+
+  std::vector<FileRead> files_;
+  std::vector<std::unique_ptr<Opened>> opened_;
+  std::vector<uint64_t> first_block_;  // of each file, in one numbering over all files; plus the total
+  const bool direct_;
+  size_t buffer_nbytes_ = 0;
+  std::atomic<uint64_t> next_block_{0};
+  std::atomic<uint64_t> bytes_read_{0};
+  std::atomic<bool> stopping_{false};
+  std::mutex mutex_;
+  std::condition_variable finished_;
+  size_t running_ = 0;
+  uint64_t error_at_ = UINT64_MAX;
+  ReadError error_;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace asyncckpt

@@ -1,0 +1,337 @@
+"""The native engine against the reference renderer, real files and faults of our choosing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asyncckpt import _native
+from asyncckpt.formats.image import FileImage, ImageBuilder
+
+CHUNK = 4096
+Op, Kind = _native.faults.Op, _native.faults.Kind
+
+
+@pytest.fixture(autouse=True)
+def no_faults_left() -> Iterator[None]:
+    yield
+    _native.faults.disarm()
+
+
+def make_engine(chunks: int = 8, *, chunk_nbytes: int = CHUNK, copiers: int = 2, writers: int = 3, direct: bool = True) -> _native.Engine:
+    return _native.Engine(
+        arena_nbytes=chunks * chunk_nbytes,
+        chunk_nbytes=chunk_nbytes,
+        copiers=copiers,
+        writers=writers,
+        direct=direct,
+        prefault=True,
+    )
+
+
+def native(image: FileImage) -> _native.Image:
+    return _native.make_image(
+        image.path, image.nbytes, image.literals, image.extents, image.fixups, image.records
+    )
+
+
+def submit(engine: _native.Engine, directory: Path, images: Sequence[FileImage], arrays: Sequence[np.ndarray]) -> _native.Job:
+    return engine.submit(
+        str(directory),
+        [native(image) for image in images],
+        np.array([a.ctypes.data for a in arrays], dtype=np.uint64),
+        np.array([a.nbytes for a in arrays], dtype=np.uint64),
+    )
+
+
+def random_image(rng: random.Random, path: str) -> tuple[FileImage, list[np.ndarray]]:
+    """Records and literals of all sizes around the chunk's, with fix-ups far behind what they need."""
+    builder = ImageBuilder(path)
+    arrays: list[np.ndarray] = []
+    records: list[int] = []
+    for _ in range(rng.randrange(12)):
+        builder.literal(rng.randbytes(rng.choice([0, 1, 3, 61, CHUNK - 2, CHUNK, 2 * CHUNK + 1])))
+        nbytes = rng.choice([0, 1, 7, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK + 13])
+        arrays.append(np.frombuffer(rng.randbytes(nbytes), dtype=np.uint8))
+        records.append(builder.record(len(arrays) - 1, nbytes))
+        for _ in range(rng.randrange(3)):
+            builder.crc_of(rng.choice(records))
+    return builder.build(), arrays
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_files_equal_the_reference(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    engine = make_engine(rng.choice([1, 2, 3, 16]), direct=rng.random() < 0.7)
+    image, arrays = random_image(rng, "a")
+    job = submit(engine, tmp_path, [image], arrays)
+    assert job.wait_finished(30)
+    assert job.error is None
+    expected = image.render([a.tobytes() for a in arrays])
+    data = (tmp_path / "a").read_bytes()
+    assert data == expected
+    assert job.block_crcs(0) == [zlib.crc32(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK)]
+    assert job.record_crcs(0) == [zlib.crc32(a.tobytes()) for a in arrays]
+
+
+def big_image(nbytes: int, path: str = "big") -> tuple[FileImage, np.ndarray]:
+    array = np.random.default_rng(0).integers(0, 256, nbytes, dtype=np.uint8)
+    builder = ImageBuilder(path)
+    builder.literal(b"head")
+    builder.crc_of(builder.record(0, nbytes))
+    return builder.build(), array
+
+
+def test_many_files_in_one_job(tmp_path: Path) -> None:
+    engine = make_engine(4)
+    images, arrays = [], []
+    for index in range(50):
+        builder = ImageBuilder(f"f{index}")
+        arrays.append(np.full(index * 100, index, dtype=np.uint8))
+        builder.record(index, arrays[-1].nbytes)
+        images.append(builder.build())
+    job = submit(engine, tmp_path, images, arrays)
+    assert job.wait_finished(30)
+    assert job.error is None
+    for index in range(50):
+        assert (tmp_path / f"f{index}").read_bytes() == arrays[index].tobytes()
+
+
+def test_a_slow_copier_does_not_let_later_bytes_overtake(tmp_path: Path) -> None:
+    engine = make_engine(8, copiers=2)
+    image, array = big_image(6 * CHUNK)
+    _native.faults.arm(Op.copy, 0, Kind.pause)
+    job = submit(engine, tmp_path, [image], [array])
+    assert _native.faults.wait_for_hits(Op.copy, 1)
+    assert not job.wait_released(0.0)
+    _native.faults.resume()
+    assert job.wait_finished(30)
+    assert (tmp_path / "big").read_bytes() == image.render([array.tobytes()])
+
+
+@pytest.mark.parametrize("op", [Op.open, Op.allocate, Op.pwrite, Op.fsync, Op.copy])
+def test_an_error_is_reported_and_the_engine_goes_on(tmp_path: Path, op: object) -> None:
+    engine = make_engine(3)
+    image, array = big_image(10 * CHUNK)
+    _native.faults.arm(op, 0, Kind.error, errno.ENOSPC)
+    job = submit(engine, tmp_path, [image], [array])
+    assert job.wait_finished(30)
+    assert _native.faults.hits(op) == 1
+    assert job.released
+    operation, path, _, _, number = job.error
+    assert number == errno.ENOSPC
+    assert path == str(tmp_path / "big")
+    assert operation in {"open", "pwrite", "fsync", "copy"}
+
+    again = tmp_path / "again"
+    again.mkdir()
+    job = submit(engine, again, [image], [array])
+    assert job.wait_finished(30)
+    assert job.error is None
+    assert (again / "big").read_bytes() == image.render([array.tobytes()])
+
+
+def test_short_writes_and_interruptions_are_completed(tmp_path: Path) -> None:
+    for direct in (True, False):
+        engine = make_engine(4, chunk_nbytes=4 * CHUNK, direct=direct)
+        image, array = big_image(9 * CHUNK + 5, path=f"d{direct}")
+        _native.faults.arm(Op.pwrite, 0, Kind.shorten)
+        _native.faults.arm(Op.pwrite, 1, Kind.error, errno.EINTR)
+        job = submit(engine, tmp_path, [image], [array])
+        assert job.wait_finished(30)
+        assert _native.faults.hits(Op.pwrite) == 2
+        assert job.error is None
+        assert (tmp_path / f"d{direct}").read_bytes() == image.render([array.tobytes()])
+        _native.faults.disarm()
+
+
+def test_a_device_that_refuses_direct_writes_gets_buffered_ones(tmp_path: Path) -> None:
+    engine = make_engine(4)
+    image, array = big_image(9 * CHUNK + 5)
+    _native.faults.arm(Op.open, 0, Kind.error, 0)  # control: an armed fault without error does nothing
+    job = submit(engine, tmp_path, [image], [array])
+    assert job.wait_finished(30)
+    assert job.error is None
+    with contextlib.suppress(OSError):
+        shm = Path("/dev/shm") / f"asyncckpt-test-{os.getpid()}"
+        shm.mkdir()
+        try:
+            job = submit(engine, shm, [image], [array])
+            assert job.wait_finished(30)
+            assert job.error is None
+            assert (shm / "big").read_bytes() == image.render([array.tobytes()])
+        finally:
+            (shm / "big").unlink(missing_ok=True)
+            shm.rmdir()
+
+
+def test_a_source_that_went_away_fails_the_job_and_names_it(tmp_path: Path) -> None:
+    import mmap
+
+    engine = make_engine(2, copiers=1)
+    image, array = big_image(64 * CHUNK)
+    memory = mmap.mmap(-1, array.nbytes)
+    view = np.frombuffer(memory, dtype=np.uint8)
+    address = view.ctypes.data
+    _native.faults.arm(Op.copy, 3, Kind.pause)
+    job = engine.submit(
+        str(tmp_path),
+        [native(image)],
+        np.array([address], dtype=np.uint64),
+        np.array([array.nbytes], dtype=np.uint64),
+    )
+    assert _native.faults.wait_for_hits(Op.copy, 1)
+    del view
+    memory.close()  # munmap: a plain memcpy would now kill the process
+    _native.faults.resume()
+    assert job.wait_finished(30)
+    assert _native.copy_is_checked()
+    operation, path, _, source, number = job.error
+    assert (operation, source, number) == ("copy", 0, errno.EFAULT)
+    assert path.endswith("big")
+
+
+def test_chunks_go_to_the_earlier_job_first(tmp_path: Path) -> None:
+    engine = make_engine(2, copiers=1, writers=1)
+    first, array = big_image(20 * CHUNK, "first")
+    second, _ = big_image(20 * CHUNK, "second")
+    _native.faults.arm(Op.pwrite, 2, Kind.pause)
+    job1 = submit(engine, tmp_path, [first], [array])
+    job2 = submit(engine, tmp_path, [second], [array])
+    assert _native.faults.wait_for_hits(Op.pwrite, 1)
+    assert not job2.released
+    assert not (tmp_path / "second").exists()
+    _native.faults.resume()
+    assert job1.wait_finished(30)
+    assert job2.wait_finished(30)
+    assert job1.error is None
+    assert job2.error is None
+
+
+def test_abort_ends_every_phase(tmp_path: Path) -> None:
+    engine = make_engine(2)
+    image, array = big_image(50 * CHUNK)
+    _native.faults.arm(Op.pwrite, 1, Kind.pause)
+    job = submit(engine, tmp_path, [image], [array])
+    assert _native.faults.wait_for_hits(Op.pwrite, 1)
+    job.abort()
+    assert job.wait_released(30)
+    _native.faults.resume()
+    assert job.wait_finished(30)
+    assert job.error[0] == "abort"
+
+
+def test_close_with_work_in_flight_finishes_every_job(tmp_path: Path) -> None:
+    engine = make_engine(2)
+    image, array = big_image(50 * CHUNK)
+    _native.faults.arm(Op.fsync, 0, Kind.error, errno.EIO)
+    job = submit(engine, tmp_path, [image], [array])
+    engine.close()
+    assert job.finished
+    assert job.error is not None
+    with pytest.raises(RuntimeError):
+        submit(engine, tmp_path, [image], [array])
+
+
+def test_a_forked_child_gets_an_error_and_exits(tmp_path: Path) -> None:
+    engine = make_engine(2)
+    image, array = big_image(500 * CHUNK)
+    job = submit(engine, tmp_path, [image], [array])
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            submit(engine, tmp_path, [image], [array])
+        except RuntimeError:
+            fresh = make_engine(2)
+            child = tmp_path / "child"
+            child.mkdir()
+            mine = submit(fresh, child, [image], [array])
+            code = 0 if mine.wait_finished(30) and mine.error is None else 2
+            del engine
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert job.wait_finished(30)
+    assert job.error is None
+    assert (tmp_path / "child" / "big").read_bytes() == (tmp_path / "big").read_bytes()
+
+
+@pytest.mark.parametrize("nbytes", [*range(0, 200), 511, 512, 513, 767, 768, 1000, 4096, 65537])
+def test_crc_kernels_agree_with_zlib(nbytes: int) -> None:
+    data = random.Random(nbytes).randbytes(nbytes + 3)
+    array = np.frombuffer(data, dtype=np.uint8)
+    for start in (0, 3):
+        piece = data[start : start + nbytes]
+        assert _native.crc32(array.ctypes.data + start, nbytes, 12345) == zlib.crc32(piece, 12345)
+        assert _native.crc32_portable(piece, 12345) == zlib.crc32(piece, 12345)
+    left = nbytes // 3
+    assert _native.crc32_combine(zlib.crc32(data[:left]), zlib.crc32(data[left:]), len(data) - left) == zlib.crc32(data)
+
+
+def test_images_that_break_their_guarantees_are_refused() -> None:
+    extents = np.array([[0, 4, -1, 0, -1]], dtype=np.int64)
+    none = np.empty((0, 2), dtype=np.int64)
+    assert _native.make_image("x", 4, b"abcd", extents, none, 0).nbytes == 4
+    for bad in (
+        ("x", 5, b"abcd", extents, none, 0),
+        ("x", 4, b"abc", extents, none, 0),
+        ("x", 4, b"abcd", np.array([[1, 4, -1, 0, -1]]), none, 0),
+        ("x", 4, b"abcd", np.array([[0, 4, 0, 0, 0]]), none, 0),
+        ("x", 4, b"abcd", extents, np.array([[0, 0]]), 0),
+        ("x", 4, b"abcd", extents, np.array([[1, 0]]), 1),
+    ):
+        with pytest.raises(ValueError, match="x"):
+            _native.make_image(*bad)
+
+
+def read_back(path: Path, crcs: list[int], nbytes: int, segments: list[tuple[int, int, int]]) -> object:
+    reads = _native.FileReads()
+    table = np.array(segments, dtype=np.uint64).reshape(-1, 3)
+    reads.add(str(path), nbytes, CHUNK, crcs, *(np.ascontiguousarray(table[:, i]) for i in range(3)))
+    return _native.read_files(reads, 3, True)
+
+
+def test_reading_scatters_verified_bytes(tmp_path: Path) -> None:
+    data = random.Random(1).randbytes(10 * CHUNK + 77)
+    path = tmp_path / "f"
+    path.write_bytes(data)
+    crcs = [zlib.crc32(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK)]
+    spans = [(3, 10), (100, 2 * CHUNK), (4 * CHUNK, CHUNK), (9 * CHUNK, CHUNK + 77)]
+    for expected_crcs in (crcs, []):
+        targets = [np.zeros(n, dtype=np.uint8) for _, n in spans]
+        error = read_back(path, expected_crcs, len(data), [(o, n, t.ctypes.data) for (o, n), t in zip(spans, targets)])
+        assert error is None
+        for (offset, nbytes), target in zip(spans, targets):
+            assert target.tobytes() == data[offset : offset + nbytes]
+
+
+def test_reading_finds_every_flipped_bit_and_size(tmp_path: Path) -> None:
+    data = bytearray(random.Random(1).randbytes(3 * CHUNK + 77))
+    crcs = [zlib.crc32(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK)]
+    path = tmp_path / "f"
+    for position in (0, CHUNK - 1, CHUNK, 2 * CHUNK + 9, len(data) - 1):
+        bad = bytearray(data)
+        bad[position] ^= 4
+        path.write_bytes(bad)
+        error = read_back(path, crcs, len(data), [])
+        assert error is not None
+        assert error[0] == "crc"
+        assert error[3] == position // CHUNK
+    for bad in (data[:-1], data + b"x", b""):
+        path.write_bytes(bad)
+        error = read_back(path, crcs, len(data), [])
+        assert error is not None
+        assert error[0] == "size"
+    path.unlink()
+    error = read_back(path, crcs, len(data), [])
+    assert error is not None
+    assert (error[0], error[4]) == ("os", errno.ENOENT)
