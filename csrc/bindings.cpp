@@ -81,7 +81,8 @@ nb::tuple times_of(Job& job) {
 nb::object error_of(Job& job) {
   const JobError error = job.error();
   if (error.operation.empty()) return nb::none();
-  return nb::make_tuple(error.operation, error.path, error.offset, error.source, error.error_number);
+  return nb::make_tuple(error.operation, error.path, error.offset, error.source,
+                        error.error_number);
 }
 
 nb::object error_of_reading(Reading& reading) {
@@ -127,6 +128,8 @@ struct FileReads {
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // A checkpointer that lives in a global is alive when nanobind counts: that is no leak.
+  nb::set_leak_warnings(false);
   m.doc() = "The native engine: file images to disk and back, without the GIL.";
 
   nb::class_<FileImage>(m, "Image")
@@ -154,11 +157,12 @@ NB_MODULE(_native, m) {
       .def_prop_ro("direct", &Job::direct)
       .def_prop_ro("error", &error_of)
       .def_prop_ro("times_s", &times_of)
-      .def("block_crcs", [](Job& job, size_t file) {
-        if (file >= job.files()) throw nb::index_error();
-        if (!job.finished()) throw std::runtime_error("the job has not finished");
-        return job.block_crcs(file);
-      })
+      .def("block_crcs",
+           [](Job& job, size_t file) {
+             if (file >= job.files()) throw nb::index_error();
+             if (!job.finished()) throw std::runtime_error("the job has not finished");
+             return job.block_crcs(file);
+           })
       .def("record_crcs", [](Job& job, size_t file) {
         if (file >= job.files()) throw nb::index_error();
         if (!job.finished()) throw std::runtime_error("the job has not finished");
@@ -231,9 +235,10 @@ NB_MODULE(_native, m) {
         return crc32(crc, reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), nbytes);
       },
       "address"_a, "nbytes"_a, "crc"_a = 0);
-  m.def("crc32_portable", [](nb::bytes data, uint32_t crc) {
-    return crc32_portable(crc, data.c_str(), data.size());
-  }, "data"_a, "crc"_a = 0);
+  m.def(
+      "crc32_portable",
+      [](nb::bytes data, uint32_t crc) { return crc32_portable(crc, data.c_str(), data.size()); },
+      "data"_a, "crc"_a = 0);
   m.def("crc32_combine", &crc32_combine, "crc_a"_a, "crc_b"_a, "nbytes_b"_a);
   m.def("crc32_kernel", &crc32_kernel);
   m.def("copy_is_checked", &copy_is_checked);

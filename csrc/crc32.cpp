@@ -93,7 +93,7 @@ static_assert(fold_constant(64) == 0x0163cd6124);
 
 // Takes a multiple of 16 bytes, at least 64.
 __attribute__((target("pclmul,sse4.1"))) uint32_t update_clmul(uint32_t state, const uint8_t* data,
-                                                              size_t nbytes) {
+                                                               size_t nbytes) {
   const __m128i fold_512 = _mm_set_epi64x(fold_constant(512 - 32), fold_constant(512 + 32));
   const __m128i fold_128 = _mm_set_epi64x(fold_constant(128 - 32), fold_constant(128 + 32));
   const __m128i fold_64 = _mm_set_epi64x(0, fold_constant(64));
@@ -103,11 +103,11 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t update_clmul(uint32_t state, c
   const auto load = [&](size_t lane) __attribute__((target("pclmul,sse4.1"))) {
     return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data) + lane);
   };
-  const auto fold = [](__m128i lane, __m128i by, __m128i next)
-                        __attribute__((target("pclmul,sse4.1"))) {
-    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(lane, by, 0x00),
-                                       _mm_clmulepi64_si128(lane, by, 0x11)),
-                         next);
+  const auto fold = [](__m128i lane, __m128i by,
+                       __m128i next) __attribute__((target("pclmul,sse4.1"))) {
+    return _mm_xor_si128(
+        _mm_xor_si128(_mm_clmulepi64_si128(lane, by, 0x00), _mm_clmulepi64_si128(lane, by, 0x11)),
+        next);
   };
 
   __m128i a = _mm_xor_si128(load(0), _mm_cvtsi32_si128(static_cast<int>(state)));
@@ -158,8 +158,8 @@ ASYNCCKPT_WIDE size_t update_wide(uint32_t state, const uint8_t* data, size_t nb
   const __m512i fold_2048 = in_every_lane(fold_constant(2048 - 32), fold_constant(2048 + 32));
   const __m512i fold_512 = in_every_lane(fold_constant(512 - 32), fold_constant(512 + 32));
   const size_t taken_nbytes = nbytes & ~size_t{255};
-  __m512i a = _mm512_xor_si512(
-      load_wide(data, 0), _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
+  __m512i a = _mm512_xor_si512(load_wide(data, 0),
+                               _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
   __m512i b = load_wide(data, 1), c = load_wide(data, 2), d = load_wide(data, 3);
   for (size_t done = 256; done < taken_nbytes; done += 256) {
     data += 256;
@@ -174,10 +174,9 @@ ASYNCCKPT_WIDE size_t update_wide(uint32_t state, const uint8_t* data, size_t nb
 }
 
 bool has_wide() {
-  static const bool has =
-      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("pclmul") &&
-      __builtin_cpu_supports("sse4.1");
+  static const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("vpclmulqdq") &&
+                          __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
   return has;
 }
 

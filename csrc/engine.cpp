@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -15,14 +16,16 @@
 namespace asyncckpt {
 namespace {
 
-// Copied and checksummed in steps of this size, so that the CRC reads from the L2 cache.
-constexpr size_t kCopyStep = size_t{256} << 10;
+// Added to the nice value of the writers.
+constexpr int kWritersNice = 5;
 
 double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-size_t round_up(size_t nbytes, size_t multiple) { return (nbytes + multiple - 1) / multiple * multiple; }
+size_t round_up(size_t nbytes, size_t multiple) {
+  return (nbytes + multiple - 1) / multiple * multiple;
+}
 
 // Signals belong to the threads of the host program.
 void block_signals() {
@@ -97,7 +100,8 @@ bool Job::direct() {
 // ---- Engine: construction, submission, end -----------------------------------------------------
 
 Engine::Engine(const EngineOptions& options)
-    : arena_(std::max<size_t>(1, options.arena_nbytes / options.chunk_nbytes), options.chunk_nbytes),
+    : arena_(std::max<size_t>(1, options.arena_nbytes / options.chunk_nbytes),
+             options.chunk_nbytes),
       direct_(options.direct),
       owner_(::getpid()) {
   for (size_t index = arena_.chunks(); index-- > 0;) free_buffers_.push_back(index);
@@ -235,9 +239,8 @@ void Engine::copy_loop() {
     auto chunk = std::make_unique<Job::Chunk>();
     chunk->file = job->claiming_file_;
     chunk->index = file.claimed++;
-    chunk->nbytes = static_cast<size_t>(
-        std::min<uint64_t>(arena_.chunk_nbytes(),
-                           file.image->nbytes - chunk->index * arena_.chunk_nbytes()));
+    chunk->nbytes = static_cast<size_t>(std::min<uint64_t>(
+        arena_.chunk_nbytes(), file.image->nbytes - chunk->index * arena_.chunk_nbytes()));
     chunk->buffer = free_buffers_.back();
     free_buffers_.pop_back();
     ++job->outstanding_chunks_;
@@ -254,19 +257,16 @@ void Engine::copy_loop() {
     lock.lock();
 
     --job->filling_;
-    const size_t file_index = chunk->file;
     if (error_number != 0)
-      fail(*job, {"copy", file.path, static_cast<int64_t>(failed_offset), failed_source, error_number});
+      fail(*job,
+           {"copy", file.path, static_cast<int64_t>(failed_offset), failed_source, error_number});
     if (job->failed_) {
       give_back(*job, std::move(chunk));
     } else {
-      const auto later = std::find_if(
-          file.unsealed.begin(), file.unsealed.end(),
-          [&](const std::unique_ptr<Job::Chunk>& other) { return other->index > chunk->index; });
-      file.unsealed.insert(later, std::move(chunk));
+      to_checksum_.push_back({job, std::move(chunk)});
+      work_for_writers_.notify_one();
     }
     advance(*job);
-    if (!job->failed_) seal_ready(job, file_index, lock);
   }
 }
 
@@ -285,24 +285,49 @@ int Engine::fill(Job& job, Job::Chunk& chunk, int64_t* failed_source, uint64_t* 
                      extent->record, 0};
     const uint64_t source_offset = extent->source_offset + (from - extent->offset);
     if (extent->source == kLiteral) {
-      std::memcpy(buffer + piece.offset_in_chunk, image.literals.data() + source_offset, piece.nbytes);
+      std::memcpy(buffer + piece.offset_in_chunk, image.literals.data() + source_offset,
+                  piece.nbytes);
     } else {
-      const uint64_t address = job.sources_[static_cast<size_t>(extent->source)].address + source_offset;
-      for (size_t done = 0; done < piece.nbytes; done += kCopyStep) {
-        const size_t step_nbytes = std::min(kCopyStep, piece.nbytes - done);
-        char* const target = buffer + piece.offset_in_chunk + done;
-        const int error_number = copy_from_host(target, address + done, step_nbytes);
-        if (error_number != 0) {
-          *failed_source = extent->source;
-          *failed_offset = from + done;
-          return error_number;
-        }
-        piece.crc = crc32(piece.crc, target, step_nbytes);
+      const uint64_t address =
+          job.sources_[static_cast<size_t>(extent->source)].address + source_offset;
+      const int error_number =
+          copy_from_host(buffer + piece.offset_in_chunk, address, piece.nbytes);
+      if (error_number != 0) {
+        *failed_source = extent->source;
+        *failed_offset = from;
+        return error_number;
       }
     }
     chunk.pieces.push_back(piece);
   }
   return 0;
+}
+
+// ---- Engine: checksums -------------------------------------------------------------------------
+
+void Engine::checksum(Task task, std::unique_lock<std::mutex>& lock) {
+  const JobPtr job = std::move(task.job);
+  auto chunk = std::move(task.chunk);
+  if (!job->failed_) {
+    lock.unlock();
+    const char* const buffer = arena_.chunk(chunk->buffer);
+    for (Job::Piece& piece : chunk->pieces)
+      if (piece.record != kNoRecord)
+        piece.crc = crc32(0, buffer + piece.offset_in_chunk, piece.nbytes);
+    lock.lock();
+  }
+  if (job->failed_) {
+    give_back(*job, std::move(chunk));
+    advance(*job);
+    return;
+  }
+  const size_t file_index = chunk->file;
+  auto& unsealed = job->files_[file_index]->unsealed;
+  const auto later = std::find_if(
+      unsealed.begin(), unsealed.end(),
+      [&](const std::unique_ptr<Job::Chunk>& other) { return other->index > chunk->index; });
+  unsealed.insert(later, std::move(chunk));
+  seal_ready(job, file_index, lock);
 }
 
 // Seals, in file order, every chunk of the file that can be sealed now, and hands it to the writers.
@@ -335,8 +360,9 @@ void Engine::seal(Job::FileState& file, Job::Chunk& chunk) {
   char* const buffer = arena_.chunk(chunk.buffer);
   const uint64_t begin = chunk.index * arena_.chunk_nbytes();
   const uint64_t end = begin + chunk.nbytes;
-  auto fixup = std::upper_bound(image.fixups.begin(), image.fixups.end(), begin,
-                                [](uint64_t offset, const Fixup& f) { return offset < f.offset + 4; });
+  auto fixup =
+      std::upper_bound(image.fixups.begin(), image.fixups.end(), begin,
+                       [](uint64_t offset, const Fixup& f) { return offset < f.offset + 4; });
   uint32_t block_crc = 0;
   for (Job::Piece& piece : chunk.pieces) {
     const uint64_t piece_end = begin + piece.offset_in_chunk + piece.nbytes;
@@ -366,60 +392,67 @@ void Engine::seal(Job::FileState& file, Job::Chunk& chunk) {
 // ---- Engine: writing ---------------------------------------------------------------------------
 
 void Engine::write_loop() {
+  // On Linux the nice value is a thread's own. Refused or not, all stays correct.
+  ::setpriority(PRIO_PROCESS, 0, ::getpriority(PRIO_PROCESS, 0) + kWritersNice);
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    if (to_write_.empty()) {
+    // What can be written goes first: it keeps the disk busy and makes room.
+    std::deque<Task>& queue = to_write_.empty() ? to_checksum_ : to_write_;
+    if (queue.empty()) {
       if (stopping_ && unfinished_.empty()) return;
       work_for_writers_.wait(lock);
       continue;
     }
-    const JobPtr job = to_write_.front().job;
-    auto chunk = std::move(to_write_.front().chunk);
-    to_write_.pop_front();
-    Job::FileState& file = *job->files_[chunk->file];
-
-    std::string operation;
-    uint64_t offset = 0;
-    int error_number = 0;
-    if (!job->failed_) {
-      lock.unlock();
-      error_number = write(*job, *chunk, &operation, &offset);
-      lock.lock();
-      if (error_number != 0)
-        fail(*job, {operation, file.path, static_cast<int64_t>(offset), -1, error_number});
-    }
-    const bool file_is_whole = !job->failed_ && ++file.written == file.chunks;
-    if (!file_is_whole) {
-      give_back(*job, std::move(chunk));
-      advance(*job);
-      continue;
-    }
-
-    // The last chunk of the file: its memory is free for others while the file is synced, but it
-    // stays outstanding, so that the job cannot finish under us.
-    free_buffers_.push_back(chunk->buffer);
-    work_for_copiers_.notify_one();
-    job->times_.written_s = now_s() - job->submitted_s_;
-    lock.unlock();
-    error_number = 0;
-    const bool was_direct = file.file.direct();
-    if (file.image->nbytes % kDirectAlignment != 0) {
-      operation = "ftruncate";
-      error_number = file.file.truncate(file.image->nbytes);
-    }
-    if (error_number == 0) {
-      operation = "fsync";
-      error_number = file.file.sync();
-    }
-    lock.lock();
-    --job->outstanding_chunks_;
-    job->direct_ = job->direct_ && was_direct;
-    if (error_number != 0)
-      fail(*job, {operation, file.path, -1, -1, error_number});
-    else
-      --job->unfinished_files_;
-    advance(*job);
+    const bool writable = &queue == &to_write_;
+    Task task = std::move(queue.front());
+    queue.pop_front();
+    if (writable) write_out(std::move(task), lock);
+    else checksum(std::move(task), lock);
   }
+}
+
+void Engine::write_out(Task task, std::unique_lock<std::mutex>& lock) {
+  const JobPtr job = std::move(task.job);
+  auto chunk = std::move(task.chunk);
+  Job::FileState& file = *job->files_[chunk->file];
+  std::string operation;
+  uint64_t offset = 0;
+  int error_number = 0;
+  if (!job->failed_) {
+    lock.unlock();
+    error_number = write(*job, *chunk, &operation, &offset);
+    lock.lock();
+    if (error_number != 0)
+      fail(*job, {operation, file.path, static_cast<int64_t>(offset), -1, error_number});
+  }
+  const bool file_is_whole = !job->failed_ && ++file.written == file.chunks;
+  if (!file_is_whole) {
+    give_back(*job, std::move(chunk));
+    advance(*job);
+    return;
+  }
+
+  // The last chunk of the file: its memory is free for others while the file is synced, but it stays
+  // outstanding, so that the job cannot finish under us.
+  free_buffers_.push_back(chunk->buffer);
+  work_for_copiers_.notify_one();
+  job->times_.written_s = now_s() - job->submitted_s_;
+  lock.unlock();
+  const bool was_direct = file.file.direct();
+  if (file.image->nbytes % kDirectAlignment != 0) {
+    operation = "ftruncate";
+    error_number = file.file.truncate(file.image->nbytes);
+  }
+  if (error_number == 0) {
+    operation = "fsync";
+    error_number = file.file.sync();
+  }
+  lock.lock();
+  --job->outstanding_chunks_;
+  job->direct_ = job->direct_ && was_direct;
+  if (error_number != 0) fail(*job, {operation, file.path, -1, -1, error_number});
+  else --job->unfinished_files_;
+  advance(*job);
 }
 
 int Engine::write(Job& job, Job::Chunk& chunk, std::string* operation, uint64_t* offset) {

@@ -9,9 +9,9 @@
 //   - A job that fails keeps its first error and stops early. The engine goes on with the others.
 //   - Memory: the arena and nothing that grows with the state.
 //
-// Threads: copiers fill chunks (copy, CRC) and seal them in file order (fix-ups, CRC of literals);
-// writers write them and sync the files. Two kinds, so that filling, which training waits for, never
-// queues behind the disk, and so that it takes no more cores than it was given.
+// Threads: copiers fill chunks and do nothing else, since that is what training waits for. Writers
+// checksum the filled ones, seal them in file order (fix-ups, CRCs that need earlier ones), write
+// them and sync the files; they run at a lower priority, so that on few cores copying goes first.
 //
 // This file knows files, extents and addresses, and nothing of Python or torch.
 #pragma once
@@ -87,7 +87,7 @@ class Job {
     size_t offset_in_chunk;
     size_t nbytes;
     int64_t record;
-    uint32_t crc;  // of a record's bytes; literals get theirs when the chunk is sealed
+    uint32_t crc;  // of a record's bytes; literals are checksummed when the chunk is sealed
   };
   struct Chunk {
     size_t file;
@@ -106,8 +106,8 @@ class Job {
     uint64_t claimed = 0;
     uint64_t sealed = 0;
     uint64_t written = 0;
-    bool sealing = false;                          // one thread at a time seals a file
-    std::deque<std::unique_ptr<Chunk>> unsealed;   // filled, waiting for an earlier one; sorted
+    bool sealing = false;                         // one thread at a time seals a file
+    std::deque<std::unique_ptr<Chunk>> unsealed;  // checksummed, waiting for an earlier one; sorted
     std::vector<uint32_t> block_crcs;
     std::vector<uint32_t> record_crcs;
   };
@@ -166,7 +166,7 @@ class Engine {
  private:
   friend class Job;
   using JobPtr = std::shared_ptr<Job>;
-  struct WriteTask {
+  struct Task {
     JobPtr job;
     std::unique_ptr<Job::Chunk> chunk;
   };
@@ -174,8 +174,10 @@ class Engine {
   void copy_loop();
   void write_loop();
   int fill(Job& job, Job::Chunk& chunk, int64_t* failed_source, uint64_t* failed_offset);
+  void checksum(Task task, std::unique_lock<std::mutex>& lock);
   void seal_ready(const JobPtr& job, size_t file, std::unique_lock<std::mutex>& lock);
   void seal(Job::FileState& file, Job::Chunk& chunk);
+  void write_out(Task task, std::unique_lock<std::mutex>& lock);
   int write(Job& job, Job::Chunk& chunk, std::string* operation, uint64_t* offset);
   // The rest expects mutex_ to be held.
   void fail(Job& job, JobError error);
@@ -190,7 +192,8 @@ class Engine {
   std::condition_variable work_for_writers_;
   std::condition_variable phase_changed_;
   std::deque<JobPtr> to_fill_;
-  std::deque<WriteTask> to_write_;
+  std::deque<Task> to_checksum_;
+  std::deque<Task> to_write_;
   std::vector<size_t> free_buffers_;
   std::vector<JobPtr> unfinished_;
   bool stopping_ = false;

@@ -14,7 +14,9 @@
 namespace asyncckpt {
 namespace {
 
-size_t round_up(size_t nbytes, size_t multiple) { return (nbytes + multiple - 1) / multiple * multiple; }
+size_t round_up(size_t nbytes, size_t multiple) {
+  return (nbytes + multiple - 1) / multiple * multiple;
+}
 
 }  // namespace
 
@@ -70,8 +72,8 @@ ReadError Reading::error() {
 }
 
 void Reading::read_loop() {
-  void* memory = ::mmap(nullptr, buffer_nbytes_, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      ::mmap(nullptr, buffer_nbytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory != MAP_FAILED) {
     ::madvise(memory, buffer_nbytes_, MADV_DONTFORK);  // as in arena.h
     ::madvise(memory, buffer_nbytes_, MADV_HUGEPAGE);
@@ -81,9 +83,10 @@ void Reading::read_loop() {
     if (stopping_ || block >= first_block_.back()) break;
     const auto after = std::upper_bound(first_block_.begin(), first_block_.end(), block);
     const auto file = static_cast<size_t>(after - first_block_.begin()) - 1;
-    ReadError error = memory == MAP_FAILED
-                          ? ReadError{ReadError::Kind::os, "mmap", files_[file].path, 0, ENOMEM, 0, 0}
-                          : read_block(file, block - first_block_[file], static_cast<char*>(memory));
+    ReadError error =
+        memory == MAP_FAILED
+            ? ReadError{ReadError::Kind::os, "mmap", files_[file].path, 0, ENOMEM, 0, 0}
+            : read_block(file, block - first_block_[file], static_cast<char*>(memory));
     if (error.kind == ReadError::Kind::none) continue;
     stopping_ = true;
     std::lock_guard<std::mutex> lock(mutex_);

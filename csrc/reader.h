@@ -66,7 +66,8 @@ class Reading {
 
   std::vector<FileRead> files_;
   std::vector<std::unique_ptr<Opened>> opened_;
-  std::vector<uint64_t> first_block_;  // of each file, in one numbering over all files; plus the total
+  std::vector<uint64_t>
+      first_block_;  // of each file, in one numbering over all files; plus the total
   const bool direct_;
   size_t buffer_nbytes_ = 0;
   std::atomic<uint64_t> next_block_{0};
