@@ -1,0 +1,343 @@
+"""The pieces of a `torch.distributed.checkpoint` directory: items in `.distcp` files, and `.metadata`.
+
+A `.distcp` file is one torch.save archive per item, back to back. `.metadata` is a pickle that says which
+item of which file holds what; several names may point to one item (tied weights).
+
+A tensor item holds the tensor's *span*: the bytes from its first element to the last that its strides
+reach, as a storage of its own. So a view never drags its whole storage along, an expanded tensor costs its
+one row, and nothing has to be made contiguous. Its pickle is known without looking at a tensor, and always
+says "cpu": items are device-independent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from asyncckpt.errors import LeafError
+from asyncckpt.formats import torch_zip
+from asyncckpt.formats.image import ImageBuilder
+from asyncckpt.formats.inert import Inert
+from asyncckpt.formats.refs import span_elements
+from asyncckpt.formats.tensor_form import TypedView, form_of
+from asyncckpt.formats.unpickle import unpickle
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+
+_STEM = "archive"  # what torch.save calls an archive that has no file name
+_PICKLE_PROTOCOL = 4  # of `.metadata`; every supported Python reads it
+
+_Sizes = tuple[int, ...]
+_ATOMS = frozenset((str, int, bool, float, type(None), torch.Size, torch.dtype))
+PathStep = str | int  # into a nested state dict: a key, or an index of a list
+
+
+class BadMetadataError(ValueError):
+    """These bytes are not the `.metadata` of a DCP checkpoint."""
+
+
+class Span(NamedTuple):
+    """Bytes of a file."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ItemSpec:
+    """What an item says about its tensor, apart from the bytes.
+
+    Attributes:
+        fqn: the tensor's name; it does not influence the item.
+        stride: in elements.
+        span_nbytes: from the first element to the end of the last one that the strides reach.
+        conj, neg: the values are the conjugate, the negative, of the bytes.
+    """
+
+    fqn: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    span_nbytes: int
+    requires_grad: bool = False
+    conj: bool = False
+    neg: bool = False
+
+    @classmethod
+    def of(cls, fqn: str, tensor: torch.Tensor) -> ItemSpec:
+        """The spec of a dense tensor; its span begins at `tensor.data_ptr()`.
+
+        Raises:
+            LeafError: torch itself cannot save a tensor of this kind.
+        """
+        if tensor.is_quantized:
+            raise LeafError(f"{fqn} cannot be saved: it is quantised; dequantise it first")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise LeafError(f"{fqn} cannot be saved as a dense tensor: its layout is {tensor.layout}")
+        if form_of(tensor.dtype) is None:
+            raise LeafError(f"{fqn} cannot be saved: torch has no pickle for {tensor.dtype}")
+        shape, stride = tuple(tensor.shape), tensor.stride()
+        span_nbytes = span_elements(shape, stride) * tensor.element_size()
+        return cls(
+            fqn, tensor.dtype, shape, stride, span_nbytes,
+            tensor.requires_grad, tensor.is_conj(), tensor.is_neg(),
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- items
+
+
+def lay_out_tensor(builder: ImageBuilder, spec: ItemSpec, source: int) -> Span:
+    """Append a tensor item; `source` is the span's memory. Its one record is the span."""
+    item = _item(spec.dtype, spec.shape, spec.stride, spec.span_nbytes, spec.conj, spec.neg)
+    start = builder.offset
+    builder.literal(item.head)
+    record = builder.record(source, spec.span_nbytes)
+    first, *rest = item.tail
+    builder.literal(first)
+    for piece in rest:
+        builder.crc_of(record)
+        builder.literal(piece)
+    return Span(start, builder.offset - start)
+
+
+def lay_out_bytes(
+    builder: ImageBuilder,
+    pickle_source: int,
+    slot_nbytes: int,
+    storages: Sequence[tuple[int, int]] = (),
+) -> Span:
+    """Append a byte item: any object, pickled into a slot of `slot_nbytes`, and its storages."""
+    start = builder.offset
+    torch_zip.lay_out(builder, _STEM, (pickle_source, slot_nbytes), storages)
+    return Span(start, builder.offset - start)
+
+
+class _Item(NamedTuple):
+    """The literal bytes of a tensor item: `tail` is cut where the CRC of its record belongs."""
+
+    head: bytes
+    tail: tuple[bytes, ...]
+
+
+@lru_cache(maxsize=8192)  # models repeat a few shapes over and over
+def _item(
+    dtype: torch.dtype, shape: _Sizes, stride: _Sizes, span_nbytes: int, conj: bool, neg: bool
+) -> _Item:
+    builder = ImageBuilder("item")
+    data = _tensor_pickle(dtype, shape, stride, span_nbytes, conj, neg)
+    torch_zip.lay_out(builder, _STEM, data, [(0, span_nbytes)])
+    image = builder.build()
+    cuts = [offset - span_nbytes for offset, _ in image.fixups.tolist()]  # where they fall in the literals
+    head_nbytes = int(image.extents[0, 1]) if span_nbytes else 0
+    begins = [head_nbytes, *(cut + 4 for cut in cuts)]
+    ends = [*cuts, len(image.literals)]
+    tail = tuple(image.literals[begin:end] for begin, end in zip(begins, ends, strict=True))
+    return _Item(image.literals[:head_nbytes], tail)
+
+
+def _tensor_pickle(
+    dtype: torch.dtype, shape: _Sizes, stride: _Sizes, span_nbytes: int, conj: bool, neg: bool
+) -> bytes:
+    """What torch.save pickles for a CPU tensor that fills its storage, without such a tensor."""
+    form = form_of(dtype)
+    if form is None:
+        raise LeafError(f"torch has no pickle for {dtype}")
+    flags = {name: True for name, is_set in (("conj", conj), ("neg", neg)) if is_set}
+    sink = io.BytesIO()
+    pickler = _SpanPickler(sink, protocol=2)
+    pickler.dump(_Reduced(form.reduce(None, span_nbytes, 0, shape, stride, False, (flags,) if flags else ())))
+    return sink.getvalue()
+
+
+class _Reduced:
+    """An object that pickles as it was told to."""
+
+    def __init__(self, reduced: tuple[Any, ...]) -> None:
+        self._reduced = reduced
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._reduced
+
+
+class _SpanPickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> tuple[str, type, str, str, int] | None:
+        return ("storage", obj.kind, "0", "cpu", obj.elements) if type(obj) is TypedView else None
+
+
+# ---------------------------------------------------------------------------- .metadata
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name of the state dict, and the item that holds it.
+
+    Attributes:
+        file: path of the `.distcp` file, relative to the checkpoint's directory.
+        spec: of a tensor item; None for a byte item.
+        global_shape, offsets: of the whole tensor and of this piece in it, if the item holds a piece only.
+    """
+
+    fqn: str
+    file: str
+    span: Span
+    spec: ItemSpec | None = None
+    global_shape: tuple[int, ...] | None = None
+    offsets: tuple[int, ...] | None = None
+
+
+def metadata_bytes(
+    entries: Iterable[Entry], paths: Mapping[str, tuple[PathStep, ...]], *, save_id: str | None = None
+) -> bytes:
+    """The contents of `.metadata`, as stock DCP pickles it.
+
+    Args:
+        entries: pieces of one tensor follow each other in the order of their index.
+        paths: where each name lies in the nested state dict; stock tools rebuild the nesting from it.
+    """
+    dcp, filesystem = _stock()
+    described: dict[str, Any] = {}
+    stored: dict[Any, Any] = {}
+    # Equal values are one object: pickle then writes them once, and 50,000 names take no longer than a blink.
+    size_of = cache(torch.Size)
+    chunk_of = cache(dcp.ChunkStorageMetadata)
+    properties_of = cache(dcp.TensorProperties)
+    for entry in entries:
+        spec = entry.spec
+        info = filesystem._StorageInfo(entry.file, entry.span.offset, entry.span.nbytes)
+        if spec is None:
+            described[entry.fqn] = dcp.BytesStorageMetadata()
+            stored[dcp.MetadataIndex(entry.fqn)] = info
+            continue
+        shape = size_of(spec.shape)
+        offsets = size_of((0,) * len(shape) if entry.offsets is None else entry.offsets)
+        tensor = described.get(entry.fqn)
+        if tensor is None:
+            whole_shape = shape if entry.global_shape is None else size_of(entry.global_shape)
+            properties = properties_of(spec.dtype, torch.strided, spec.requires_grad)
+            tensor = described[entry.fqn] = dcp.TensorStorageMetadata(properties, whole_shape, [])
+        stored[dcp.MetadataIndex(entry.fqn, offsets, len(tensor.chunks))] = info
+        tensor.chunks.append(chunk_of(offsets, shape))
+    whole = dcp.Metadata(described, dict(paths), stored, dcp.StorageMeta(save_id=save_id))
+    version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
+    if version is not None:
+        whole.version = version
+    return pickle.dumps(whole, protocol=_PICKLE_PROTOCOL)
+
+
+def read_metadata(data: bytes, *, trusted: bool = False) -> Metadata:
+    """The `Metadata` in the bytes of a `.metadata` file. Nothing in it can run, unless `trusted`.
+
+    Paths in it are whatever the file says: check them before opening any.
+
+    Raises:
+        BadMetadataError: the file is empty, damaged or something else.
+    """
+    if not data:
+        raise BadMetadataError("the .metadata file is empty: its save was cut off")
+    try:
+        tree = unpickle(data, trusted=trusted)
+        whole = tree if trusted else _Conversion().convert(tree)
+        if not isinstance(whole, _stock()[0].Metadata) or not isinstance(whole.state_dict_metadata, dict):
+            raise BadMetadataError(f"it holds a {type(tree).__name__}")
+        _check(whole)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise BadMetadataError(f"not the .metadata of a DCP checkpoint: {error}") from error
+    return whole
+
+
+def _check(whole: Metadata) -> None:
+    """Types of all that a reader computes with."""
+    dcp, filesystem = _stock()
+    for fqn, described in whole.state_dict_metadata.items():
+        if isinstance(described, dcp.BytesStorageMetadata):
+            continue
+        is_sound = (
+            isinstance(described, dcp.TensorStorageMetadata)
+            and isinstance(described.properties, dcp.TensorProperties)
+            and type(described.properties.dtype) is torch.dtype
+            and type(described.size) is torch.Size
+            and type(described.chunks) is list
+            and all(isinstance(chunk, dcp.ChunkStorageMetadata) for chunk in described.chunks)
+        )
+        if not is_sound or not all(
+            len(chunk.offsets) == len(chunk.sizes) == len(described.size) for chunk in described.chunks
+        ):
+            raise BadMetadataError(f"the description of {fqn!r} is garbled")
+    if not isinstance(whole.storage_data, dict):
+        raise BadMetadataError("it does not say where anything is stored")
+    for index, info in whole.storage_data.items():
+        is_sound = (
+            isinstance(index, dcp.MetadataIndex)
+            and type(index.fqn) is str
+            and type(index.offset) in (torch.Size, type(None))
+            and isinstance(info, filesystem._StorageInfo)
+            and type(info.relative_path) is str
+            and type(info.offset) is type(info.length) is int
+        )
+        if not is_sound or min(info.offset, info.length) < 0:
+            raise BadMetadataError(f"the place of {getattr(index, 'fqn', index)!r} is garbled")
+
+
+def _stock() -> tuple[Any, Any]:
+    """The modules of DCP's own classes, imported when first needed: that takes a second."""
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    return metadata, filesystem
+
+
+class _Conversion:
+    """Turns what stands for DCP's classes into those classes, by their constructors."""
+
+    def __init__(self) -> None:
+        dcp, filesystem = _stock()
+        self._memory_format = dcp._MEM_FORMAT_ENCODING
+        self._properties = dcp.TensorProperties
+        kinds: tuple[type, ...] = (
+            dcp.ChunkStorageMetadata, dcp.TensorStorageMetadata, dcp.BytesStorageMetadata,
+            dcp.Metadata, dcp.MetadataIndex, dcp.StorageMeta, filesystem._StorageInfo,
+        )  # fmt: skip
+        self._kinds = {(kind.__module__, kind.__name__): (kind, _field_names(kind)) for kind in kinds}
+        self._done: dict[int, Any] = {}
+
+    def convert(self, value: Any) -> Any:
+        """`value` with all stand-ins for DCP's classes replaced; other stand-ins stay inert."""
+        if type(value) in _ATOMS:
+            return value
+        if isinstance(value, Inert):
+            if id(value) not in self._done:
+                self._done[id(value)] = self._build(value)
+            return self._done[id(value)]
+        if type(value) is dict:
+            return {self.convert(key): self.convert(child) for key, child in value.items()}
+        if type(value) is list:
+            return [self.convert(child) for child in value]
+        return value
+
+    def _build(self, value: Inert) -> Any:
+        if (value.module, value.name) == (self._properties.__module__, "TensorProperties"):
+            dtype, layout, requires_grad, memory_format, pin_memory = value.state
+            properties: Any = self._properties.__new__(self._properties)
+            encoding = self._memory_format(memory_format.args[0])
+            properties.__setstate__((dtype, layout, requires_grad, encoding, pin_memory))
+            return properties
+        if (value.module, value.name) not in self._kinds:
+            return value
+        kind, names = self._kinds[value.module, value.name]
+        state = {name: self.convert(child) for name, child in (value.state or {}).items()}
+        built = kind(**{name: child for name, child in state.items() if name in names})
+        if kind.__name__ == "Metadata":  # others keep notes of their own there
+            vars(built).update({name: child for name, child in state.items() if name not in names})
+        return built
+
+
+def _field_names(kind: Any) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(kind))
