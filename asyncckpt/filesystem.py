@@ -1,0 +1,132 @@
+"""The file operations of a commit, one method each.
+
+Guarantees:
+- What changes the disk raises WriteError with operation and path, nothing else; what only looks
+  raises the OSError itself, because "it is gone" is an answer there, not a failure.
+- The observer hears of every system call before it is made. What it raises takes the place of that
+  call, so a test can refuse, kill or log at each one. Production has none.
+- No method retries, buffers or swallows; files are whole and fsynced when `write_file` returns.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import WriteError
+
+Observer = Callable[[str, str], None]
+
+_log = logging.getLogger(__name__)
+
+
+class Filesystem:
+    """The real filesystem. Threads may share one; it has no state of its own."""
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self._observer = observer
+
+    def mkdir(self, path: Path) -> None:
+        """Create a directory; durable once its parent is fsynced."""
+        with self._changing("mkdir", path):
+            os.mkdir(path)
+
+    def write_file(self, path: Path, data: bytes) -> None:
+        """Create `path` with `data` and fsync it; its name is durable once its directory is fsynced."""
+        with self._changing("open", path):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            with self._changing("write", path):
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[os.write(fd, rest) :]
+            with self._changing("fsync", path):
+                os.fsync(fd)
+        except BaseException:
+            with suppress(OSError):  # the first failure is the one to report
+                os.close(fd)
+            raise
+        with self._changing("close", path):  # NFS reports late write errors here
+            os.close(fd)
+
+    def replace_file(self, path: Path, data: bytes, temporary: Path) -> None:
+        """Give `path` new content, atomically and durably; `temporary` is a free name beside it."""
+        self.write_file(temporary, data)
+        self.rename(temporary, path)
+        self.fsync_dir(path.parent)
+
+    def fsync_dir(self, path: Path) -> None:
+        """Make the names in a directory durable."""
+        with self._changing("fsync_dir", path):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            except OSError as problem:
+                # Some FUSE and cloud mounts know no fsync of directories; there, rename is all
+                # the durability there is. EIO and friends are failures.
+                if problem.errno not in (errno.EINVAL, errno.ENOTSUP):
+                    raise
+                _log.warning("%s: this filesystem cannot fsync directories", path)
+            finally:
+                os.close(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Rename within one filesystem. A file is replaced; a directory that holds anything is not."""
+        with self._changing("rename", target):
+            os.rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file or a symbolic link; one that is gone already is no failure."""
+        with self._changing("unlink", path), suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a file, a link, or a directory with all it holds, never following a link."""
+        try:
+            is_directory = path.is_dir() and not path.is_symlink()
+        except OSError as problem:
+            raise WriteError("stat", str(path), problem.errno or errno.EIO) from problem
+        if not is_directory:
+            self.unlink(path)
+            return
+        with self._changing("scandir", path):
+            try:
+                with os.scandir(path) as entries:
+                    names = [entry.name for entry in entries]
+            except FileNotFoundError:
+                return
+        for name in names:
+            self.remove_tree(path / name)
+        with self._changing("rmdir", path), suppress(FileNotFoundError):
+            os.rmdir(path)
+
+    def listdir(self, path: Path) -> list[str]:
+        """The names in a directory, sorted. Raises OSError."""
+        self._observe("listdir", path)
+        return sorted(os.listdir(path))
+
+    def read(self, path: Path) -> bytes:
+        """The whole of a file. Raises OSError."""
+        self._observe("read", path)
+        return path.read_bytes()
+
+    def stat(self, path: Path) -> os.stat_result:
+        """What `path` is, links followed. Raises OSError."""
+        self._observe("stat", path)
+        return os.stat(path)
+
+    def _observe(self, operation: str, path: Path) -> None:
+        if self._observer is not None:
+            self._observer(operation, str(path))
+
+    @contextmanager
+    def _changing(self, operation: str, path: Path) -> Iterator[None]:
+        try:
+            self._observe(operation, path)
+            yield
+        except OSError as problem:
+            raise WriteError(operation, str(path), problem.errno or errno.EIO) from problem

@@ -1,0 +1,50 @@
+"""torchtitan's directories for torch.distributed.checkpoint: `step-50/`, no tracker.
+
+The highest number that holds `.metadata` wins: torchtitan, components/checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..errors import OptionError, StepError
+
+METADATA_PATH = ".metadata"
+
+_STEP = re.compile(r"step-([0-9]{1,18})")
+
+
+def data_path(rank: int, index: int = 0) -> str:
+    """The `index`-th data file of a rank, relative to the step directory."""
+    return f"__{rank}_{index}.distcp"
+
+
+@dataclass(frozen=True)
+class DcpLayout:
+    """`step-N/`; DCP writes `.metadata` last, so its presence is what makes a step."""
+
+    name: str = "dcp"
+    tracker_name: str | None = None
+
+    def step_name(self, step: int) -> str:
+        if step < 0:
+            raise StepError(f"step {step} is negative")
+        return f"step-{step}"
+
+    def parse_step(self, name: str) -> int | None:
+        match = _STEP.fullmatch(name)
+        step = int(match[1]) if match else None
+        return step if step is not None and self.step_name(step) == name else None
+
+    def tracker_bytes(self, step: int) -> bytes:
+        raise OptionError(f"layout {self.name} has no tracker")
+
+    def parse_tracker(self, data: bytes) -> int:
+        raise OptionError(f"layout {self.name} has no tracker")
+
+    def foreign_problem(self, step: int, names: Collection[str], tracked: int | None) -> str | None:
+        if METADATA_PATH in names:
+            return None
+        return f"no {METADATA_PATH}: its writer never finished it"

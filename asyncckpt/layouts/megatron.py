@@ -1,0 +1,64 @@
+"""Megatron-LM's directories: `iter_0000050/mp_rank_00/`, and a tracker that names the latest.
+
+Stock Megatron never scans directories: it loads what `latest_checkpointed_iteration.txt` says, and
+moves that file only after all ranks wrote. So the tracker is the only witness that an iteration
+of its making is whole (megatron/training/checkpointing.py, read_metadata and save_checkpoint).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..errors import CorruptStepError, LoadError, StepError
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+
+_STEP = re.compile(r"iter_([0-9]{7,18})")
+_ITERATION = re.compile(rb"[0-9]{1,18}")
+
+
+def model_path(tensor_rank: int = 0) -> str:
+    """The model file of a tensor-parallel rank, relative to the step directory."""
+    return f"mp_rank_{tensor_rank:02d}/model_optim_rng.pt"
+
+
+@dataclass(frozen=True)
+class MegatronLayout:
+    """`iter_%07d/`, named by a tracker."""
+
+    name: str = "megatron"
+    tracker_name: str | None = TRACKER_NAME
+
+    def step_name(self, step: int) -> str:
+        if step < 0:
+            raise StepError(f"step {step} is negative")
+        return f"iter_{step:07d}"
+
+    def parse_step(self, name: str) -> int | None:
+        match = _STEP.fullmatch(name)
+        step = int(match[1]) if match else None
+        return step if step is not None and self.step_name(step) == name else None
+
+    def tracker_bytes(self, step: int) -> bytes:
+        return str(step).encode()  # without newline, as Megatron writes it
+
+    def parse_tracker(self, data: bytes) -> int:
+        text = data.strip()  # Megatron strips too: a tracker edited by hand ends in a newline
+        if text == b"release":
+            raise LoadError(
+                f"{TRACKER_NAME} names 'release': converted weights, which hold no training state to resume"
+            )
+        if not _ITERATION.fullmatch(text):
+            raise CorruptStepError(TRACKER_NAME, f"an iteration number expected, got {data[:40]!r}")
+        return int(text)
+
+    def foreign_problem(self, step: int, names: Collection[str], tracked: int | None) -> str | None:
+        if tracked is None:
+            return f"no {TRACKER_NAME} vouches for it"
+        if step > tracked:
+            return f"beyond the tracker, which names {tracked}: its writer never finished it"
+        if not any(name.startswith("mp_rank_") for name in names):
+            return "no mp_rank_* directory"
+        return None

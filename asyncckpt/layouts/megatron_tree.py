@@ -1,0 +1,79 @@
+"""The tree inside `model_optim_rng.pt`, and back.
+
+Keys as megatron/training/checkpointing.py (generate_state_dict) writes them. Optimizer state is numbered
+as `torch.optim.Optimizer.state_dict` numbers it: by position, over all groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_CHECKPOINT_VERSION = 3.0
+
+_NAMES = {"lr_scheduler": "opt_param_scheduler", "step": "iteration", "rng": "rng_state"}
+_OURS = {theirs: ours for ours, theirs in _NAMES.items()}
+_RNG_NAMES = {
+    "python": "random_rng_state",
+    "numpy": "np_rng_state",
+    "torch": "torch_rng_state",
+    "cuda": "cuda_rng_state",
+}
+
+
+def to_megatron(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Our tree under Megatron's keys. Moves references; copies nothing."""
+    packed: dict[str, Any] = {"checkpoint_version": _CHECKPOINT_VERSION}
+    for name, branch in tree.items():
+        if name == "optimizer":
+            packed[name] = _numbered(branch)
+        elif name == "rng":
+            packed["rng_state"] = [_pack_rng(branch)]
+        else:
+            packed[_NAMES.get(name, name)] = branch
+    return packed
+
+
+def from_megatron(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse, also for files that Megatron wrote; what has no place in our tree keeps its key."""
+    tree: dict[str, Any] = {}
+    for name, branch in packed.items():
+        if name == "rng_state":
+            tree["rng"] = _unpack_rng(branch)
+        elif name not in ("checkpoint_version", "args"):
+            tree[_OURS.get(name, name)] = branch
+    return tree
+
+
+def _numbered(branch: Any) -> Any:
+    """Optimizer state by position instead of by name; several optimizers one by one."""
+    if not isinstance(branch, Mapping):
+        return branch
+    if "param_groups" not in branch or "state" not in branch:
+        return {name: _numbered(child) for name, child in branch.items()}
+    names = [name for group in branch["param_groups"] for name in group["params"]]
+    position = {name: index for index, name in enumerate(names)}
+    if not all(isinstance(name, str) for name in names):
+        return branch  # not ours to number
+    groups = [
+        {**group, "params": [position[name] for name in group["params"]]} for group in branch["param_groups"]
+    ]
+    state = {position[name]: values for name, values in branch["state"].items()}
+    return {"state": state, "param_groups": groups}
+
+
+def _pack_rng(states: Mapping[str, Any]) -> dict[str, Any]:
+    packed = {theirs: states[ours] for ours, theirs in _RNG_NAMES.items() if ours in states}
+    if "cuda" in states:  # Megatron keeps one device per rank
+        packed["cuda_rng_state"] = states["cuda"][0] if len(states["cuda"]) == 1 else states["cuda"]
+    return {**packed, "rng_tracker_states": {}}
+
+
+def _unpack_rng(branch: Any) -> dict[str, Any]:
+    packed = branch[0] if isinstance(branch, list | tuple) and branch else branch
+    if not isinstance(packed, Mapping):
+        return {}
+    states = {ours: packed[theirs] for ours, theirs in _RNG_NAMES.items() if theirs in packed}
+    if "cuda" in states and not isinstance(states["cuda"], list):
+        states["cuda"] = [states["cuda"]]
+    return states

@@ -1,0 +1,218 @@
+"""Which steps lie under a root, and which of them counts. Looks, never writes.
+
+A step is *committed* once its writer finished it; ours are from the moment their name is visible.
+It is *foreign* without our manifest, *damaged* if that cannot be read, and *stale* if a later
+commit has a smaller number: somebody went back behind it, and its timeline is not the current one.
+
+Guarantees: a directory that vanishes while it is looked at was never there; damage is reported as
+an entry's `problem`, so that one bad step never hides the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import CorruptStepError, LoadError, RootError, StepNotFoundError
+from .filesystem import Filesystem
+from .formats.manifest import MANIFEST_NAME, Fragment, Manifest
+from .layouts import Layout
+
+ABANDONED_PREFIX = ".abandoned-"
+
+_ABANDONED = re.compile(r"\.abandoned-(.+)-[0-9a-f]{16}-[0-9]{6,}")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepEntry:
+    """A visible step.
+
+    Attributes:
+        manifest: None for a step of another tool, and for one whose manifest cannot be read.
+        foreign: another tool wrote it: no manifest of ours is there.
+        problem: why it cannot be loaded, as far as a look at its manifest tells; None if it looks good.
+    """
+
+    step: int
+    path: Path
+    manifest: Manifest | None
+    foreign: bool
+    problem: str | None
+
+    @property
+    def ordinal(self) -> int | None:
+        """Its place in the order of commits, where a manifest says so."""
+        return self.manifest.ordinal if self.manifest is not None else None
+
+    @property
+    def committed(self) -> bool:
+        """Somebody finished writing it once, whatever became of it since."""
+        return not self.foreign or self.problem is None
+
+
+class RootView:
+    """The steps under one root, for those who only read. Thread-safe: it keeps nothing."""
+
+    def __init__(self, path: Path, layout: Layout, fs: Filesystem | None = None) -> None:
+        """An absent root is an empty one."""
+        self.path = path
+        self.layout = layout
+        self._fs = fs if fs is not None else Filesystem()
+        self._tracker = None if layout.tracker_name is None else path / layout.tracker_name
+
+    def entries(self) -> list[StepEntry]:
+        """All visible steps, by step number; one that vanishes meanwhile is left out.
+
+        Raises:
+            RootError: the root cannot be listed.
+        """
+        tracked = self._tracked_or_none()
+        found = []
+        for name in self._names():
+            step = self.layout.parse_step(name)
+            entry = self._look_at(step, self.path / name, tracked) if step is not None else None
+            if entry is not None:
+                found.append(entry)
+        return sorted(found, key=lambda entry: entry.step)
+
+    def candidates(self, below: int | None = None) -> list[StepEntry]:
+        """The steps to try when loading the latest, best first, of the current timeline alone.
+
+        Damaged steps are among them, with `problem` set, so that falling back past one can be
+        reported. `below` keeps only smaller step numbers.
+        """
+        committed = [entry for entry in self.entries() if entry.committed]
+        # A step is stale if a later commit has a smaller number: somebody went back behind it.
+        stale: set[int] = set()
+        lowest: int | None = None
+        ours = [entry for entry in committed if entry.manifest is not None and entry.problem is None]
+        for entry in sorted(ours, key=lambda entry: entry.ordinal or 0, reverse=True):
+            if lowest is not None and entry.step > lowest:
+                stale.add(entry.step)
+            else:
+                lowest = entry.step
+        return [
+            entry
+            for entry in reversed(committed)
+            if entry.step not in stale and (below is None or entry.step < below)
+        ]
+
+    def ever_committed(self) -> bool:
+        """Whether any step was ever finished here, damaged and abandoned ones included."""
+        return any(entry.committed for entry in self.entries()) or bool(self._abandoned())
+
+    def find(self, step: int) -> StepEntry:
+        """The visible step of that number, damaged or not.
+
+        Raises:
+            StepNotFoundError: there is none.
+        """
+        path = self.path / self.layout.step_name(step)
+        entry = self._look_at(step, path, self._tracked_or_none())
+        if entry is None:
+            there = ", ".join(str(entry.step) for entry in self.entries()) or "none"
+            raise StepNotFoundError(f"no step {step} under {self.path}; there are: {there}")
+        return entry
+
+    def read_fragments(self, entry: StepEntry) -> list[Fragment]:
+        """What the files of a step must be.
+
+        Raises:
+            StepNotFoundError: the step was deleted meanwhile: choose again.
+            CorruptStepError: a fragment is missing or damaged.
+        """
+        if entry.manifest is None:
+            raise CorruptStepError(str(entry.path / MANIFEST_NAME), entry.problem or "there is none")
+        fragments = []
+        owners: dict[str, str] = {}
+        for ref in entry.manifest.fragments:
+            path = entry.path / ref.path
+            try:
+                data = self._fs.read(path)
+            except OSError as problem:
+                if isinstance(problem, FileNotFoundError) and not entry.path.exists():
+                    raise StepNotFoundError(f"step {entry.step} was deleted while it was read") from None
+                raise CorruptStepError(str(path), f"cannot be read: {problem}") from problem
+            ref.verify(data, str(path))
+            fragment = Fragment.from_bytes(data, str(path))
+            if fragment.attempt != entry.manifest.attempt:
+                raise CorruptStepError(str(path), f"belongs to attempt {fragment.attempt}")
+            for file in fragment.files:
+                if owners.setdefault(file.path, ref.path) != ref.path:
+                    raise CorruptStepError(str(path), f"{file.path} is listed by {owners[file.path]} too")
+            fragments.append(fragment)
+        return fragments
+
+    def tracked(self) -> int | None:
+        """The step that the tracker names; None without a tracker.
+
+        Raises:
+            LoadError: the tracker names no training step, or cannot be read.
+        """
+        if self._tracker is None:
+            return None
+        try:
+            return self.layout.parse_tracker(self._fs.read(self._tracker))
+        except FileNotFoundError:
+            return None
+        except OSError as problem:
+            raise LoadError(f"{self._tracker} cannot be read: {problem}") from problem
+
+    def _names(self) -> list[str]:
+        try:
+            return self._fs.listdir(self.path)
+        except FileNotFoundError:
+            return []
+        except OSError as problem:
+            raise RootError(f"{self.path} cannot be listed: {problem}") from problem
+
+    def _tracked_or_none(self) -> int | None:
+        try:
+            return self.tracked()
+        except LoadError as problem:
+            _log.warning("%s", problem)
+            return None
+
+    def _look_at(self, step: int, path: Path, tracked: int | None) -> StepEntry | None:
+        """The entry at `path`, or None if it is no directory, or gone."""
+        try:
+            data = self._fs.read(path / MANIFEST_NAME)
+        except FileNotFoundError:
+            return self._look_at_foreign(step, path, tracked)
+        except NotADirectoryError:
+            return None
+        except OSError as problem:
+            return StepEntry(step, path, None, False, f"{MANIFEST_NAME} cannot be read: {problem}")
+        try:
+            manifest = Manifest.from_bytes(data, str(path / MANIFEST_NAME))
+        except LoadError as problem:
+            return StepEntry(step, path, None, False, str(problem))
+        wrong = None
+        if manifest.step != step:
+            wrong = f"{path} holds step {manifest.step}: it was renamed"
+        elif manifest.layout != self.layout.name:
+            wrong = f"{path} has layout {manifest.layout}, not {self.layout.name}"
+        return StepEntry(step, path, manifest, False, wrong)
+
+    def _look_at_foreign(self, step: int, path: Path, tracked: int | None) -> StepEntry | None:
+        try:
+            names = self._fs.listdir(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as problem:
+            return StepEntry(step, path, None, True, f"{path} cannot be listed: {problem}")
+        return StepEntry(step, path, None, True, self.layout.foreign_problem(step, names, tracked))
+
+    def _abandoned(self) -> list[StepEntry]:
+        found = []
+        for name in self._names():
+            match = _ABANDONED.fullmatch(name)
+            step = self.layout.parse_step(match[1]) if match else None
+            entry = self._look_at(step, self.path / name, None) if step is not None else None
+            if entry is not None:
+                found.append(entry)
+        return found
