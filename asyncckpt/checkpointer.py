@@ -1,0 +1,550 @@
+"""AsyncCheckpointer: the story of a save and of a load, top to bottom.
+
+save():       state -> capture -> plan -> snapshot          on the caller's thread, no I/O to wait for
+the engine:   copies, checksums, writes, syncs              native threads
+the fence:    nothing torn? all copied? then training may go on
+committer:    written and fenced -> manifest -> rename -> tracker -> retention
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from . import memory, restore
+from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
+from .committer import HEARTBEAT_S, Committer
+from .errors import (
+    CheckpointError,
+    ClosedError,
+    CorruptStepError,
+    ForkedError,
+    LoadError,
+    MismatchError,
+    NoIntactStepError,
+    OptionError,
+    RootError,
+    StepExistsError,
+    StepNotFoundError,
+)
+from .fence import StepFence
+from .filesystem import Filesystem
+from .inflight import PhaseObserver, Save, SaveHandle
+from .layouts import layout_named
+from .lease import RootLease
+from .plan import planner_for
+from .snapshot import Stager, capture
+from .state import Matching, TrainingState
+from .steps import StepEntry
+
+_log = logging.getLogger(__name__)
+
+_PROGRESS_INTERVAL_S = 0.1
+_EXIT_UNREPORTED = 70  # EX_SOFTWARE: a failed save that nobody heard of must not look like success
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What a load found.
+
+    Attributes:
+        step: the step whose state the live objects have now.
+        path: its directory.
+        verified: every byte was checked; False for steps that another tool wrote.
+        passed_over: newer steps that were not good, and why.
+        seconds: the load took.
+        metadata: what save() was given.
+    """
+
+    step: int
+    path: Path
+    verified: bool
+    passed_over: tuple[str, ...]
+    seconds: float
+    metadata: Mapping[str, Any]
+
+
+class AsyncCheckpointer:
+    """Saves training state in the background; resumes from the newest step that is whole.
+
+    Args:
+        root: directory of the steps; made if absent. One live run owns it.
+        model: an nn.Module, or anything with state_dict() and load_state_dict().
+        optimizer, lr_scheduler: the same; or several, as a sequence or mapping.
+        dataloader: anything with state_dict() and load_state_dict().
+        extra: the same; or a dict of plain values and such objects, which load updates in place.
+        layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint) or "megatron"
+            (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker).
+        host_memory: bytes that staging may take, all in all. A state that is larger streams through;
+            then the step fence waits for the disk. Default: see `memory.default_host_memory_bytes`.
+        writers: threads that write to disk.
+        keep_last: steps to keep, by order of commit; None keeps all.
+        keep_every: also keep steps divisible by this.
+        on_error: "raise": a failed save surfaces at the next save(), at wait() and close(). "warn": it
+            is logged, and the next save tries again.
+        guard: "versions" or "full"; see `snapshot.Guard` for what versions do not see. "full" reads the
+            state once more inside save().
+        max_in_flight: saves not yet durable at a time.
+        when_busy: what save() does beyond that: "wait" (it shows in `blocked_s`) or "skip" (the handle's
+            report says skipped, and a warning is logged).
+        fence_timeout_s: after this long in the fence, the save is given up, not training.
+        save_rng: capture and restore python's, numpy's and torch's generators.
+        read_only: only load: no lease, no writes; other runs may own the root.
+        on_phase: called with (step, phase) as each phase is reached, on whatever thread reaches it.
+
+    One thread trains: it calls save(), fence(), load() and steps the optimizers. Everything that changes
+    the state other than through a torch optimizer needs `fence()` first.
+
+    Raises:
+        RootError: the root is a file or not writable; RootBusyError: another live run owns it.
+        OptionError: an option makes no sense.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        dataloader: Any = None,
+        extra: Any = None,
+        layout: str = "dcp",
+        host_memory: int | None = None,
+        writers: int = 4,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        on_error: Literal["raise", "warn"] = "raise",
+        guard: Literal["versions", "full"] = "versions",
+        max_in_flight: int = 2,
+        when_busy: Literal["wait", "skip"] = "wait",
+        fence_timeout_s: float = 1800.0,
+        save_rng: bool = True,
+        read_only: bool = False,
+        on_phase: PhaseObserver | None = None,
+    ) -> None:
+        _check_choice("on_error", on_error, ("raise", "warn"))
+        _check_choice("guard", guard, ("versions", "full"))
+        _check_choice("when_busy", when_busy, ("wait", "skip"))
+        _check_positive(
+            writers=writers, max_in_flight=max_in_flight, keep_last=keep_last, keep_every=keep_every
+        )
+        if host_memory is not None and host_memory < 1 << 16:
+            raise OptionError(f"host_memory is in bytes and must be at least 65536, got {host_memory}")
+        if fence_timeout_s <= 0:
+            raise OptionError(f"fence_timeout_s must be positive, got {fence_timeout_s}")
+        self._state = TrainingState(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            dataloader=dataloader,
+            extra=extra,
+            rng=save_rng,
+        )
+        self._layout = layout_named(layout)
+        self._on_error = on_error
+        self._max_in_flight = max_in_flight
+        self._when_busy = when_busy
+        self._fence_timeout_s = fence_timeout_s
+        self._on_phase = on_phase
+        self._pid = os.getpid()
+        self._closed = False
+        self._must_load: str | None = None  # why save() is refused until a load succeeds
+        self._incarnation = new_incarnation()
+        self._saves_begun = 0
+        self._failed: list[Save] = []  # not heard of yet
+        self._lock = threading.RLock()  # optimizers may step on autograd's threads
+
+        self._lease: RootLease | None = None
+        self._committer: Committer | None = None
+        path, fs = Path(root).absolute(), Filesystem()
+        if not read_only:
+            prepare_root(path, fs)
+            self._lease = RootLease.acquire(path, owner=self._incarnation, heartbeat_s=HEARTBEAT_S)
+        try:
+            self._root = CheckpointRoot(path, self._layout, fs)
+            if self._lease is None:
+                return
+            self._root.sweep(self._incarnation)
+            if host_memory is None:
+                host_memory = memory.default_host_memory_bytes(model, optimizer is not None)
+            self._planner = planner_for(layout)
+            self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
+            self._fence = StepFence(
+                fence=self.fence,
+                needed=lambda: bool(self._in_flight()),
+                forward_changes=lambda: any(save.forward_changes for save in self._in_flight()),
+                parameters=self._state.parameters,
+                model=model,
+            )
+        except BaseException:
+            if self._lease is not None:
+                self._lease.release()
+            raise
+        self._committer = Committer(
+            self._root, self._lease, (keep_last, keep_every), self._note_failure, fence_timeout_s
+        )
+        atexit.register(self._at_exit)
+
+    # -- saving
+
+    def save(self, step: int, *, metadata: Mapping[str, Any] | None = None) -> SaveHandle:
+        """Save the state as it is now; returns as soon as that is certain to succeed or be heard of.
+
+        Args:
+            step: greater than every step of this timeline. After loading an older step, the steps above
+                that one belong to another timeline: they give way when the first new step commits.
+            metadata: anything JSON; comes back as `Resume.metadata`.
+
+        Raises:
+            StepError: negative or not greater; StepExistsError: already there.
+            LeafError: a leaf cannot be saved; it is named.
+            SaveError: an *earlier* save failed, and nobody was told yet. This one was not begun.
+            LoadError: the last load failed, so the live state is not to be trusted.
+            ClosedError, ForkedError.
+        """
+        save = Save(step, self._on_phase)
+        self._check_usable()
+        if self._committer is None:
+            raise RootError("this checkpointer is read_only")
+        if self._must_load is not None:
+            raise LoadError(f"save() is refused until a load succeeds: {self._must_load}")
+        with self._lock:
+            self._decide_released()
+            self._raise_failures()
+            self._check_step(step)
+            if not self._make_room(save):
+                return SaveHandle(save, self._settle)
+            self._raise_failures()
+            try:
+                self._begin(save, self._committer, dict(metadata or {}))
+            finally:
+                save.report.blocked_s += save.elapsed_s()
+        return SaveHandle(save, self._settle)
+
+    def _begin(self, save: Save, committer: Committer, metadata: dict[str, Any]) -> None:
+        model = self._state.model
+        tree = self._state.capture(save.step)
+        captured = capture(tree, model.buffers() if model else set(), self._stager.reserve_nbytes)
+        save.mark("captured")
+        planned = self._planner.plan(captured.tree)
+        save.mark("planned")
+        save.metadata = metadata
+        save.forward_changes = captured.forward_changes
+        save.report.nbytes = planned.plan.nbytes
+        save.report.captured_nbytes = captured.nbytes
+        save.report.replanned = planned.replanned
+        if planned.replanned:
+            self._fence.forget_parameters()
+        self._saves_begun += 1
+        directories = planned.plan.directories()
+        attempt = self._root.begin(save.step, attempt_id(self._incarnation, self._saves_begun), directories)
+        try:
+            save.snapshot = self._stager.snapshot(planned, captured.live, attempt.path)
+        except BaseException:
+            self._root.discard(attempt)
+            raise
+        save.attempt = attempt
+        save.mark("submitted")
+        committer.take(save)
+
+    def _check_step(self, step: int) -> None:
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise OptionError(f"step must be an int, got {step!r}")
+        for save in self._in_flight():
+            if save.error is None and step <= save.step:
+                kind = "is" if step == save.step else f"comes after step {save.step}, which is"
+                raise StepExistsError(f"step {step} {kind} in flight already")
+        self._root.check_step(step)
+
+    def _make_room(self, save: Save) -> bool:
+        """Whether this save may go ahead, after waiting where that is the policy."""
+        while len(self._in_flight()) >= self._max_in_flight:
+            if self._when_busy == "skip":
+                _log.warning(
+                    "step %d is not saved: %d saves are in flight", save.step, len(self._in_flight())
+                )
+                save.report.skipped = True
+                save.finish()
+                return False
+            self.fence()  # an unfenced save can never commit
+            oldest = self._in_flight()[0]
+            self._wait_done(oldest, None)
+        return True
+
+    # -- fencing
+
+    def fence(self) -> None:
+        """Wait until everything that save() spoke of may be changed.
+
+        Called by itself before the step of any torch optimizer that shares a parameter with this state.
+        Call it before you change, free, offload or resize the state in any other way. A failure found
+        here is the save's; it surfaces where `on_error` says, not here.
+        """
+        if os.getpid() != self._pid or not self._in_flight():
+            return
+        with self._lock:
+            for save in self._in_flight():
+                save.fence(self._fence_timeout_s)
+
+    def _decide_released(self) -> None:
+        """Check saves that were copied without a fence: this is the first time we can."""
+        for save in self._in_flight():
+            if not save.checked.is_set() and save.snapshot is not None and save.snapshot.released:
+                save.fence(self._fence_timeout_s)
+
+    # -- waiting
+
+    def wait(self, progress: Callable[[int], None] | None = None) -> None:
+        """Wait until every save is durable. Fences.
+
+        Args:
+            progress: called now and then with the number of saves still in flight.
+
+        Raises:
+            SaveError: one failed, and nobody was told yet.
+        """
+        self._check_usable()
+        self._drain(progress)
+        self._raise_failures()
+
+    def _drain(self, progress: Callable[[int], None] | None = None) -> None:
+        self.fence()
+        for save in self._in_flight():
+            while not save.done.wait(_PROGRESS_INTERVAL_S):
+                if progress is not None:
+                    progress(len(self._in_flight()))
+
+    def _settle(self, save: Save, timeout_s: float | None) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError("this save belongs to the parent process")
+        if not save.done.is_set():
+            self.fence()
+        self._wait_done(save, timeout_s)
+
+    @staticmethod
+    def _wait_done(save: Save, timeout_s: float | None) -> None:
+        if not save.done.wait(timeout_s):
+            raise TimeoutError(f"step {save.step} is not durable after {timeout_s:g} s")
+
+    def _in_flight(self) -> list[Save]:
+        return self._committer.in_flight if self._committer is not None else []
+
+    def _note_failure(self, save: Save) -> None:
+        if self._on_error == "warn":
+            save.heard = True
+            _log.warning("step %d was not saved, the next save tries again: %s", save.step, save.error)
+        else:
+            self._failed.append(save)
+
+    def _raise_failures(self) -> None:
+        failed = [save for save in self._failed if not save.heard]
+        self._failed.clear()
+        if not failed:
+            return
+        for save in failed:
+            save.heard = True
+        first = failed[0].error
+        assert first is not None
+        for save in failed[1:]:
+            _log.error("step %d was not saved either: %s", save.step, save.error)
+        raise first
+
+    # -- loading
+
+    def steps(self) -> list[int]:
+        """Visible steps, ascending, that look whole; load() still verifies every byte."""
+        self._check_usable()
+        return [entry.step for entry in self._root.entries() if entry.committed and entry.problem is None]
+
+    def load_latest(self, *, strict: bool = True, trusted: bool = False) -> Resume | None:
+        """Load the newest step that is whole and verified; None if nothing was ever committed here.
+
+        A step that is damaged is passed over (logged, and listed in the result). If none is good, the
+        live state may be half overwritten, and save() refuses until a load succeeds.
+
+        Args:
+            strict: missing and unexpected leaves are errors.
+            trusted: let files import classes; only for files whose writers you trust.
+
+        Raises:
+            NoIntactStepError: steps exist, none is good.
+            MismatchError: the step does not fit the live objects; lists every difference.
+            UntrustedError: a leaf needs a class that is not imported unless trusted.
+        """
+        self._check_usable()
+        self._drain()
+        candidates = self._root.candidates()
+        if not candidates and not self._root.ever_committed():
+            return None
+        passed_over: list[str] = []
+        for entry in candidates:
+            try:
+                return self._load(entry, strict, trusted, tuple(passed_over))
+            except (CorruptStepError, StepNotFoundError) as error:
+                _log.warning("step %d is passed over: %s", entry.step, error)
+                passed_over.append(f"step {entry.step}: {error}")
+        reasons = "\n  ".join(passed_over) or "all were abandoned or removed"
+        self._must_load = f"no step under {self._root.path} is good"
+        raise NoIntactStepError(f"no step under {self._root.path} is good:\n  {reasons}")
+
+    def load(
+        self,
+        step: int,
+        *,
+        strict: bool = True,
+        trusted: bool = False,
+        verify: Literal["during", "before"] = "during",
+    ) -> Resume:
+        """Load one step; later saves continue from it.
+
+        Args:
+            verify: "before" reads the step twice, so that a damaged one leaves the live state untouched.
+
+        Raises:
+            StepNotFoundError, CorruptStepError; MismatchError and UntrustedError as in load_latest().
+        """
+        _check_choice("verify", verify, ("during", "before"))
+        self._check_usable()
+        self._drain()
+        return self._load(self._root.find(step), strict, trusted, (), verify_first=verify == "before")
+
+    def _load(
+        self,
+        entry: StepEntry,
+        strict: bool,
+        trusted: bool,
+        passed_over: tuple[str, ...],
+        verify_first: bool = False,
+    ) -> Resume:
+        began_s = time.perf_counter()
+        if entry.problem is not None:
+            raise CorruptStepError(str(entry.path), entry.problem)
+        listed = None
+        if not entry.foreign:
+            fragments = self._root.read_fragments(entry)
+            listed = {file.path: file for fragment in fragments for file in fragment.files}
+        with restore.StepFiles(entry.path, listed) as files:
+            matching = self._match(files, strict, trusted)
+            if verify_first:
+                restore.read_tensors(files, [], verify_only=True)
+            self._must_load = f"the load of step {entry.step} did not finish"
+            restore.read_tensors(files, matching.reads)
+        for action in matching.afterwards:
+            action()
+        self._must_load = None
+        self._root.resume_from(entry.step)
+        if entry.foreign:
+            _log.warning("step %d was not written by asyncckpt: loaded unverified", entry.step)
+        metadata = entry.manifest.metadata if entry.manifest is not None else {}
+        seconds = time.perf_counter() - began_s
+        return Resume(entry.step, entry.path, not entry.foreign, passed_over, seconds, metadata)
+
+    def _match(self, files: restore.StepFiles, strict: bool, trusted: bool) -> Matching:
+        """What goes where; nothing is changed yet."""
+        try:
+            tree = restore.read_tree(files, self._layout.name, trusted=trusted)
+            restore.refuse_inert(tree, tuple(self._state.sections))
+            matching = self._state.match(tree)
+        except Exception as error:
+            # Damaged bytes can look like anything. Checksums know better than parsers.
+            damage = restore.find_damage(files)
+            if damage is not None:
+                raise damage from error
+            raise
+        lines = list(matching.differences)
+        if strict:
+            lines += [f"{name}: not in the checkpoint" for name in matching.missing]
+            lines += [f"{name}: only in the checkpoint" for name in matching.unexpected]
+        if lines:
+            damage = restore.find_damage(files)
+            if damage is not None:
+                raise damage
+            raise MismatchError(str(files.directory), lines)
+        for name in (*matching.missing, *matching.unexpected):
+            _log.warning("%s: on one side only; strict=False leaves it as it is", name)
+        return matching
+
+    # -- the end
+
+    def close(self) -> None:
+        """Finish every save and give the root up. Closing again does nothing.
+
+        Raises:
+            SaveError: a save failed, and nobody was told yet. All is closed nevertheless.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        if self._committer is None:
+            return
+        atexit.unregister(self._at_exit)
+        try:
+            self._drain()
+        finally:
+            self._committer.stop()
+            self._fence.remove()
+            self._stager.close()
+            if self._lease is not None:
+                self._lease.release()
+        self._raise_failures()
+
+    def __enter__(self) -> AsyncCheckpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            _log.error("besides: %s", failure)  # what ended the block comes first
+
+    def _at_exit(self) -> None:
+        if self._closed or os.getpid() != self._pid:
+            return
+        try:
+            self.close()
+        except CheckpointError as error:
+            # Python turns whatever atexit raises, sys.exit included, into exit code 0.
+            _log.critical("a save failed and nobody was told: %s", error)
+            sys.stderr.write(f"asyncckpt: a save failed and nobody was told: {error}\n")
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(_EXIT_UNREPORTED)
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError(
+                f"this checkpointer belongs to process {self._pid}; make a new one in this child"
+            )
+        if self._closed:
+            raise ClosedError("this checkpointer was closed")
+
+    @property
+    def plans_made(self) -> int:
+        """How often the layout of the files had to be made: once per structure of the state."""
+        return self._planner.plans_made
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OptionError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_positive(**options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise OptionError(f"{name} must be a positive whole number, got {value!r}")

@@ -1,0 +1,137 @@
+"""The thread that turns written snapshots into visible steps, one at a time, in order.
+
+    written and fenced -> lease still ours -> fragment, manifest -> rename -> tracker -> retention
+
+Guarantees:
+- A save ends, durable or failed, whatever happens to it; whoever waits for it is woken.
+- A save that nobody fenced is never committed.
+- While it waits it keeps the lease alive.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from .commit import CheckpointRoot
+from .errors import CheckpointError, SaveError
+from .inflight import Save
+from .lease import RootLease
+
+_log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 5.0
+
+
+class Committer:
+    """Commits saves in the background.
+
+    Args:
+        keep: keep_last and keep_every of retention.
+        on_failure: told of a save that failed, before anybody who waits for it is woken.
+        release_timeout_s: how long a failed save is given to let go of training's memory.
+    """
+
+    def __init__(
+        self,
+        root: CheckpointRoot,
+        lease: RootLease,
+        keep: tuple[int | None, int | None],
+        on_failure: Callable[[Save], None],
+        release_timeout_s: float,
+    ) -> None:
+        self._root = root
+        self._lease = lease
+        self._keep = keep
+        self._on_failure = on_failure
+        self._release_timeout_s = release_timeout_s
+        self._in_flight: list[Save] = []  # oldest first; replaced, never changed, so reading needs no lock
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="asyncckpt-committer", daemon=True)
+        self._thread.start()
+
+    @property
+    def in_flight(self) -> list[Save]:
+        """Saves that have not ended, oldest first."""
+        return self._in_flight
+
+    def take(self, save: Save) -> None:
+        """Finish `save`, whose snapshot has begun."""
+        with self._lock:
+            self._in_flight = [*self._in_flight, save]
+        self._queue.put(save)
+
+    def stop(self) -> None:
+        """End the thread, once everything taken has ended."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                save = self._queue.get(timeout=HEARTBEAT_S)
+            except queue.Empty:
+                self._renew_lease()
+                continue
+            if save is None:
+                return
+            try:
+                self._commit(save)
+            except CheckpointError as error:
+                save.fail(error)
+            except BaseException as error:  # noqa: BLE001 -- a bug of ours must not become a hang of theirs
+                failure = SaveError(f"step {save.step} was not saved: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                save.fail(failure)
+            finally:
+                self._end(save)
+
+    def _commit(self, save: Save) -> None:
+        snapshot, attempt = save.begun()
+        visible = False
+
+        def mark(phase: str) -> None:
+            nonlocal visible
+            visible = visible or phase == "renamed"
+            save.mark(phase)
+
+        try:
+            while not snapshot.wait_written(HEARTBEAT_S):
+                self._renew_lease()
+            save.note_written(snapshot)
+            while not save.checked.wait(HEARTBEAT_S):
+                self._renew_lease()
+            if save.error is not None:
+                raise save.error
+            save.mark("checked")
+            self._lease.check()
+            fragment = self._root.write_fragment(attempt, 0, snapshot.files())
+            self._root.publish(attempt, [fragment], metadata=save.metadata, on_phase=mark)
+            save.report.durable_s = save.elapsed_s()
+        except BaseException:
+            if not visible:
+                self._root.discard(attempt)
+            raise
+        try:
+            if self._root.retain(*self._keep):
+                save.mark("retained")
+        except CheckpointError as error:
+            _log.warning("older steps could not be removed, the next save tries again: %s", error)
+
+    def _end(self, save: Save) -> None:
+        if save.error is not None:
+            # The engine may still be looking at the memory that the save holds.
+            save.begun()[0].wait_released(self._release_timeout_s)
+            self._on_failure(save)
+        with self._lock:
+            self._in_flight = [other for other in self._in_flight if other is not save]
+        save.finish()
+
+    def _renew_lease(self) -> None:
+        try:
+            self._lease.renew()
+        except CheckpointError as error:
+            _log.warning("%s", error)  # if it is lost for good, the check before a publish says so

@@ -1,0 +1,167 @@
+"""One save, from the call of save() until it is durable or has failed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from .commit import Attempt
+from .errors import CheckpointError, SaveTimeoutError, TornStateError
+from .report import SaveReport
+from .snapshot import Snapshot
+
+PhaseObserver = Callable[[int, str], None]  # (step, phase that was reached)
+
+
+class Save:
+    """A save in flight. The training thread fences it, the committer finishes it.
+
+    Attributes:
+        checked: set once the training thread has decided that nothing was torn, or that something was.
+        done: set at the very end, durable or failed.
+        heard: somebody was told of the error.
+    """
+
+    def __init__(self, step: int, observer: PhaseObserver | None) -> None:
+        self.report = SaveReport(step)
+        self.snapshot: Snapshot | None = None
+        self.attempt: Attempt | None = None
+        self.forward_changes = False
+        self.metadata: dict[str, object] = {}
+        self.checked = threading.Event()
+        self.done = threading.Event()
+        self.heard = False
+        self._error: CheckpointError | None = None
+        self._lock = threading.Lock()
+        self._began_s = time.perf_counter()
+        self._observer = observer
+
+    @property
+    def step(self) -> int:
+        """The step number."""
+        return self.report.step
+
+    @property
+    def error(self) -> CheckpointError | None:
+        """Why it failed, if it did."""
+        return self._error
+
+    def elapsed_s(self) -> float:
+        """Seconds since the call of save()."""
+        return time.perf_counter() - self._began_s
+
+    def begun(self) -> tuple[Snapshot, Attempt]:
+        """The snapshot and the attempt of a save that has begun."""
+        if self.snapshot is None or self.attempt is None:
+            raise RuntimeError(f"step {self.step} has not begun")
+        return self.snapshot, self.attempt
+
+    def note_written(self, snapshot: Snapshot) -> None:
+        """Take over the engine's times: all files are synced."""
+        released_s, _, _, starved_s = snapshot.times_s()
+        self.report.starved_s = starved_s
+        self.report.direct = snapshot.direct
+        self.mark("released", self.report.phases["submitted"] + released_s)
+        self.mark("written")
+
+    def mark(self, phase: str, at_s: float | None = None) -> None:
+        """Note that a phase was reached, now or `at_s` seconds after the call."""
+        self.report.phases[phase] = self.elapsed_s() if at_s is None else at_s
+        if self._observer is not None:
+            self._observer(self.step, phase)
+
+    def fail(self, error: CheckpointError) -> None:
+        """Fail, for the first reason given; the engine stops working for it."""
+        with self._lock:
+            if self._error is None:
+                self._error = error
+        if self.snapshot is not None:
+            self.snapshot.abort()
+
+    def fence(self, timeout_s: float) -> None:
+        """Check that nothing was torn, and wait until training may change everything.
+
+        On the training thread only, before it changes anything. Never raises: a failure is the save's,
+        not training's.
+        """
+        if self.checked.is_set():
+            return
+        snapshot, _ = self.begun()
+        self.decide()
+        began_s = time.perf_counter()
+        if not snapshot.wait_released(timeout_s):
+            self.fail(
+                SaveTimeoutError(
+                    f"step {self.step} was given up: its tensors were not copied within {timeout_s:g} s; "
+                    f"raise fence_timeout_s or host_memory"
+                )
+            )
+            snapshot.wait_released(timeout_s)
+        self.report.blocked_s += time.perf_counter() - began_s
+        self.checked.set()
+
+    def decide(self) -> None:
+        """Fail if a tensor has changed since save()."""
+        what = self.begun()[0].changed()
+        if what is not None:
+            self.fail(
+                TornStateError(
+                    f"step {self.step} was not saved: {what} before all was copied. Let the optimizer's "
+                    f"step hook fence (it does by default), or call fence() before changing the state"
+                )
+            )
+
+    def finish(self) -> None:
+        """Whatever came of it, it is over."""
+        self.checked.set()
+        self.done.set()
+
+
+class SaveHandle:
+    """What save() returns: a view of one save."""
+
+    def __init__(self, save: Save, settle: Callable[[Save, float | None], None]) -> None:
+        self._save = save
+        self._settle = settle
+
+    @property
+    def step(self) -> int:
+        """The step number."""
+        return self._save.step
+
+    @property
+    def report(self) -> SaveReport:
+        """Times and sizes; complete once `done()`."""
+        return self._save.report
+
+    @property
+    def error(self) -> CheckpointError | None:
+        """Why it failed, if it did so already."""
+        return self._save.error
+
+    def done(self) -> bool:
+        """Whether it is over: durable, failed or skipped."""
+        return self._save.done.is_set()
+
+    def wait(self, timeout_s: float | None = None) -> SaveReport:
+        """Wait until durable. On the training thread, this fences too.
+
+        Raises:
+            SaveError: it failed; the same as `error`.
+            TimeoutError: `timeout_s` seconds passed; the save goes on.
+        """
+        self._settle(self._save, timeout_s)
+        if self._save.error is not None:
+            self._save.heard = True
+            raise self._save.error
+        return self.report
+
+    def __repr__(self) -> str:
+        if not self.done():
+            what = "in flight"
+        elif self._save.error is not None:
+            what = "failed"
+        else:
+            what = "skipped" if self.report.skipped else "durable"
+        return f"<SaveHandle step {self.step}: {what}>"

@@ -1,0 +1,56 @@
+"""How much host memory staging takes where the user does not say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_FLOOR_NBYTES = 64 << 20
+_STATE_PER_MODEL = 4  # weights, two moments of Adam, and room; a state that is larger streams through
+
+
+def default_host_memory_bytes(model: object, optimized: bool) -> int:
+    """Enough for the expected state, but at most a quarter of what this process may use.
+
+    Memory is shared by the ranks of a node (LOCAL_WORLD_SIZE) and bounded by the cgroup.
+    """
+    model_nbytes = 0
+    if isinstance(model, torch.nn.Module):
+        model_nbytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    wanted = _FLOOR_NBYTES + model_nbytes * (_STATE_PER_MODEL if optimized else 1)
+    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
+    return max(_FLOOR_NBYTES, min(wanted, available_bytes() // 4 // ranks))
+
+
+def available_bytes() -> int:
+    """Memory that this process could still get: MemAvailable, bounded by its cgroup."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) << 10
+    for line in _lines(Path("/proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            available = min(available, _left(Path("/sys/fs/cgroup" + path), "memory.max", "memory.current"))
+        elif "memory" in controllers.split(","):
+            folder = Path("/sys/fs/cgroup/memory" + path)
+            available = min(available, _left(folder, "memory.limit_in_bytes", "memory.usage_in_bytes"))
+    return available
+
+
+def _left(cgroup: Path, limit: str, usage: str) -> int:
+    left = 1 << 62
+    for folder in (cgroup, *cgroup.parents):  # every ancestor limits too
+        words = [*_lines(folder / limit), *_lines(folder / usage)]
+        if len(words) == 2 and words[0].isdigit() and words[1].isdigit():
+            left = min(left, max(0, int(words[0]) - int(words[1])))
+    return left
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,41 @@
+"""What a save cost, and what it achieved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SaveReport:
+    """The account of one save. Complete once its handle is done.
+
+    Attributes:
+        step: the step number.
+        nbytes: bytes of all files.
+        blocked_s: what training lost: inside save(), in the fences that waited for this save, and in
+            waits for an earlier save to make room.
+        durable_s: from the call of save() until a power cut could not undo it; None until then.
+        phases: seconds from the call of save() until each phase was reached: planned, captured,
+            submitted, released, written, checked, manifest, renamed, durable, ...
+        captured_nbytes: copied inside save(), because training may change it before the next fence.
+        starved_s: how long copying waited for a free chunk: the disk's backpressure.
+        replanned: whether the layout of the files had to be made for this save.
+        direct: whether all of it was written with O_DIRECT.
+        skipped: nothing was saved, because earlier saves were still in flight.
+    """
+
+    step: int
+    nbytes: int = 0
+    blocked_s: float = 0.0
+    durable_s: float | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+    captured_nbytes: int = 0
+    starved_s: float = 0.0
+    replanned: bool = False
+    direct: bool = False
+    skipped: bool = False
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """10^9 bytes per second from the call to durable; None until then."""
+        return self.nbytes / self.durable_s / 1e9 if self.durable_s else None

@@ -1,0 +1,383 @@
+"""Files -> tensors: what a step holds, and reading it, verified, straight into live memory.
+
+    manifest, fragments -> stored tree (no tensor byte read) -> matching -> one verified pass
+
+Guarantees:
+- With a manifest, every block of every file is checked against its CRC in the pass that reads it, and
+  the files are those that the manifest lists. What is parsed on the way lies in blocks that are checked
+  before anything but tensors has been touched.
+- Without one (files of stock torch, DCP, Megatron), the tensors are read as they are; `verified` says so.
+- Nothing is unpickled that can run code, unless `trusted`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import _native
+from .errors import CorruptStepError, LoadError, StepNotFoundError, UntrustedError
+from .formats import distcp, torch_zip
+from .formats.manifest import FileEntry, check_path
+from .formats.pickles import Inert, SparseRef, TensorRef, find_inert
+from .formats.refs import span_elements
+from .layouts.dcp import METADATA_PATH
+from .layouts.megatron import model_path
+from .layouts.megatron_tree import from_megatron
+from .state import StoredPart, StoredTensor, unflatten
+
+_THREADS = 4
+_BLOCK_NBYTES = 4 << 20  # of reads from files without a manifest
+_BLOCK_NBYTES_MAX = 1 << 30  # a manifest that asks for larger buffers is not believed
+
+
+class StepFiles:
+    """The files of one step, as small verified-enough reads for parsing need them.
+
+    Args:
+        directory: of the step.
+        entries: what the files must be; None for a step without a manifest.
+    """
+
+    def __init__(self, directory: Path, entries: Mapping[str, FileEntry] | None) -> None:
+        self.directory = directory
+        self.entries = entries
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> StepFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def path(self, name: str) -> str:
+        """Where a file of the step is. Raises CorruptStepError for names that lead out of it."""
+        try:
+            check_path(name)
+        except ValueError as error:
+            raise CorruptStepError(str(self.directory), str(error)) from None
+        if self.entries is not None and name not in self.entries:
+            raise CorruptStepError(str(self.directory / name), "the manifest does not list it")
+        return str(self.directory / name)
+
+    def nbytes(self, name: str) -> int:
+        """Size of a file in bytes."""
+        size = os.fstat(self._open(name)).st_size
+        if self.entries is not None and size != self.entries[name].nbytes:
+            raise CorruptStepError(self.path(name), f"{self.entries[name].nbytes} bytes expected, got {size}")
+        return size
+
+    def reader(self, name: str) -> torch_zip.Read:
+        """Reads of one file."""
+        fd = self._open(name)
+
+        def read(offset: int, nbytes: int) -> bytes:
+            return os.pread(fd, nbytes, offset)
+
+        return read
+
+    def _open(self, name: str) -> int:
+        if name not in self._fds:
+            path = self.path(name)
+            try:
+                self._fds[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                if isinstance(error, FileNotFoundError) and not self.directory.exists():
+                    raise StepNotFoundError(f"{self.directory} was deleted while it was read") from None
+                raise CorruptStepError(path, f"cannot be opened: {error.strerror}") from error
+        return self._fds[name]
+
+
+# ---------------------------------------------------------------------------- what is stored
+
+
+def read_tree(files: StepFiles, layout: str, *, trusted: bool = False) -> dict[str, Any]:
+    """The tree of a step, with a StoredTensor for every tensor.
+
+    Raises:
+        CorruptStepError: something cannot be parsed.
+        LoadError: it holds what this version cannot load (sparse tensors, say).
+    """
+    if layout == "megatron":
+        return _read_megatron(files, trusted)
+    return _read_dcp(files, trusted)
+
+
+def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    metadata_nbytes = files.nbytes(METADATA_PATH)
+    try:
+        metadata = distcp.read_metadata(files.reader(METADATA_PATH)(0, metadata_nbytes), trusted=trusted)
+    except ValueError as error:
+        raise CorruptStepError(files.path(METADATA_PATH), str(error)) from error
+    places: dict[str, list[tuple[Any, Any]]] = {}
+    for index, info in metadata.storage_data.items():
+        places.setdefault(index.fqn, []).append((index, info))
+    paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    parts: dict[tuple[str, int], TensorRef] = {}
+
+    def item(info: Any) -> Any:
+        read = files.reader(info.relative_path)
+        try:
+            return torch_zip.read_tree(read, info.offset, info.length, trusted=trusted)
+        except ValueError as error:
+            raise CorruptStepError(
+                files.path(info.relative_path), f"item at {info.offset}: {error}"
+            ) from error
+
+    def leaf(name: str, described: Any) -> Any:
+        if name not in places:
+            raise CorruptStepError(files.path(METADATA_PATH), f"{name} is described but stored nowhere")
+        if isinstance(described, BytesStorageMetadata):
+            _, info = places[name][0]
+            return _stored(item(info), info.relative_path)
+        stored = []
+        for index, info in places[name]:
+            key = (info.relative_path, info.offset)
+            if key not in parts:
+                ref = item(info)
+                if not isinstance(ref, TensorRef):
+                    raise CorruptStepError(
+                        files.path(info.relative_path), f"{name}: no tensor at {info.offset}"
+                    )
+                parts[key] = ref
+            offsets = tuple(index.offset) if index.offset is not None else (0,) * len(described.size)
+            stored.append(_part(parts[key], info.relative_path, offsets))
+        dtypes = {parts[info.relative_path, info.offset].dtype for _, info in places[name]}
+        if dtypes != {described.properties.dtype}:
+            raise CorruptStepError(files.path(METADATA_PATH), f"{name}: dtype differs from its items")
+        tensor = StoredTensor(described.properties.dtype, tuple(described.size), tuple(stored))
+        covered = sum(_elements(part.shape) for part in tensor.parts)
+        if covered != _elements(tensor.shape):
+            raise CorruptStepError(files.path(METADATA_PATH), f"{name}: its chunks do not tile it")
+        return tensor
+
+    named = {name: leaf(name, described) for name, described in metadata.state_dict_metadata.items()}
+    return unflatten((_as_path(paths.get(name), name), value) for name, value in named.items())
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _as_path(path: Any, name: str) -> tuple[str | int, ...]:
+    if isinstance(path, tuple) and path and all(type(step) in (str, int) for step in path):
+        return path
+    head, _, rest = name.partition(".")  # without planner data, as far as a name tells
+    return (head, rest) if rest else (head,)
+
+
+def _read_megatron(files: StepFiles, trusted: bool) -> dict[str, Any]:
+    ranks = sorted(path.name for path in files.directory.glob("mp_rank_*"))
+    if ranks and ranks != ["mp_rank_00"]:
+        raise LoadError(
+            f"{files.directory} was saved by {len(ranks)} model-parallel ranks; one process cannot load it. "
+            f"A checkpoint in the dcp layout can be resharded"
+        )
+    name = model_path()
+    nbytes = files.nbytes(name)
+    try:
+        tree = torch_zip.read_tree(files.reader(name), 0, nbytes, trusted=trusted)
+    except ValueError as error:
+        raise CorruptStepError(files.path(name), str(error)) from error
+    if not isinstance(tree, Mapping):
+        raise CorruptStepError(files.path(name), f"holds a {type(tree).__name__}, not a state dict")
+    return from_megatron(_stored(tree, name))
+
+
+def _stored(value: Any, file: str) -> Any:
+    """`value` with a StoredTensor in place of every reference to one."""
+    if isinstance(value, TensorRef):
+        return StoredTensor(value.dtype, value.shape, (_part(value, file, (0,) * len(value.shape)),))
+    if isinstance(value, SparseRef):
+        raise LoadError(f"{file} holds a sparse tensor; load it with torch.load")
+    if isinstance(value, Mapping) and not isinstance(value, Inert):
+        pairs = [(key, _stored(child, file)) for key, child in value.items()]
+        if type(value) is dict:
+            return dict(pairs)
+        copy = value.copy()  # type: ignore[attr-defined]
+        for key, child in pairs:
+            copy[key] = child
+        return copy
+    if type(value) is list:
+        return [_stored(child, file) for child in value]
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        children = [_stored(child, file) for child in value]
+        return type(value)(*children) if hasattr(value, "_fields") else tuple(children)
+    return value
+
+
+def _part(ref: TensorRef, file: str, offsets: tuple[int, ...]) -> StoredPart:
+    if ref.conj or ref.neg:
+        raise LoadError(f"{file} holds a lazily conjugated or negated tensor; load it with torch.load")
+    itemsize = ref.dtype.itemsize
+    first = ref.data_offset + ref.storage_offset * itemsize
+    nbytes = span_elements(ref.shape, ref.stride) * itemsize
+    return StoredPart(file, first, nbytes, offsets, ref.shape, ref.stride)
+
+
+def refuse_inert(tree: Mapping[str, Any], names: Iterator[str] | tuple[str, ...]) -> None:
+    """Raise UntrustedError if a branch that will be applied holds objects of classes not imported."""
+    for name in names:
+        found = find_inert(tree.get(name))
+        if found is not None:
+            path, kind = found
+            raise UntrustedError(f"{name}{path} is a {kind}, which is not loaded unless trusted=True")
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+@dataclass
+class _Late:
+    """A stored part that cannot go straight into its target: it is read aside and then copied."""
+
+    aside: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass
+class _FileReads:
+    offsets: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
+
+
+def read_tensors(
+    files: StepFiles,
+    reads: list[tuple[str, StoredTensor, torch.Tensor]],
+    *,
+    verify_only: bool = False,
+) -> None:
+    """Fill live tensors, verifying every block of every listed file in the same pass.
+
+    Raises:
+        CorruptStepError: a block is not what was written; names file and block. Targets may be
+            half overwritten.
+    """
+    wanted: dict[str, _FileReads] = {name: _FileReads() for name in files.entries or ()}
+    late: list[_Late] = []
+    repeats: list[tuple[torch.Tensor, torch.Tensor]] = []
+    seen: dict[StoredPart, torch.Tensor] = {}
+    if not verify_only:
+        for _, stored, live in reads:
+            for part in stored.parts:
+                target = live
+                for dim, (offset, size) in enumerate(zip(part.offsets, part.shape, strict=True)):
+                    target = target.narrow(dim, offset, size)
+                if part.nbytes == 0:
+                    continue
+                if part in seen:  # one item under several names: read once, copied after
+                    repeats.append((seen[part], target))
+                    continue
+                seen[part] = target
+                memory = target
+                if not _takes_span(target, part):
+                    memory = torch.empty_strided(part.shape, part.stride, dtype=stored.dtype)
+                    late.append(_Late(memory, target))
+                reads_of_file = wanted.setdefault(part.file, _FileReads())
+                reads_of_file.offsets.append(part.data_offset)
+                reads_of_file.sizes.append(part.nbytes)
+                reads_of_file.addresses.append(memory.data_ptr())
+    _run(files, wanted)
+    with torch.no_grad():
+        for one in late:
+            _copy(one.target, one.aside)
+        for source, target in repeats:
+            if source.data_ptr() != target.data_ptr():
+                _copy(target, source)
+
+
+def _takes_span(target: torch.Tensor, part: StoredPart) -> bool:
+    """Whether the stored bytes, gaps included, can be written over the target's memory."""
+    if target.device.type != "cpu":
+        return False
+    distinct = 1  # elements with memory of their own
+    for size, here, there in zip(part.shape, target.stride(), part.stride, strict=True):
+        if size > 1 and here != there:
+            return False
+        if here != 0:
+            distinct *= size
+    return span_elements(target.shape, target.stride()) == distinct  # no gaps
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """target.copy_(source), also where the target repeats one element along a dimension."""
+    for dim, (size, step) in enumerate(zip(target.shape, target.stride(), strict=True)):
+        if step == 0 and size > 1:
+            target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
+    target.copy_(source)
+
+
+def _run(files: StepFiles, wanted: Mapping[str, _FileReads]) -> None:
+    """One native pass over all files; more only where stored tensors overlap each other."""
+    left: dict[str, _FileReads] = {}
+    batches = _native.FileReads()
+    for name, reads in wanted.items():
+        now, later = _apart(reads)
+        if later.offsets:
+            left[name] = later
+        entry = files.entries[name] if files.entries is not None else None
+        columns = (np.array(column, dtype=np.uint64) for column in (now.offsets, now.sizes, now.addresses))
+        block_nbytes = entry.block_nbytes if entry is not None else _BLOCK_NBYTES
+        if block_nbytes % 4096 or block_nbytes > _BLOCK_NBYTES_MAX:
+            raise CorruptStepError(files.path(name), f"blocks of {block_nbytes} bytes were never written")
+        nbytes = entry.nbytes if entry is not None else files.nbytes(name)
+        batches.add(files.path(name), nbytes, block_nbytes, list(entry.block_crcs) if entry else [], *columns)
+    try:
+        error = _native.read_files(batches, _THREADS, True)
+    except ValueError as problem:
+        raise CorruptStepError(str(files.directory), str(problem)) from problem
+    if error is not None:
+        _raise(files, *error)
+    if left:
+        _run(files, left)
+
+
+def _apart(reads: _FileReads) -> tuple[_FileReads, _FileReads]:
+    """Reads that do not overlap, in file order; and the rest."""
+    now, later = _FileReads(), _FileReads()
+    end = 0
+    for offset, nbytes, address in sorted(zip(reads.offsets, reads.sizes, reads.addresses, strict=True)):
+        chosen = now if offset >= end else later
+        chosen.offsets.append(offset)
+        chosen.sizes.append(nbytes)
+        chosen.addresses.append(address)
+        if chosen is now:
+            end = offset + nbytes
+    return now, later
+
+
+def _raise(
+    files: StepFiles, kind: str, operation: str, path: str, block: int, number: int, expected: int, got: int
+) -> None:
+    if kind == "crc":
+        raise CorruptStepError(path, f"CRC-32 {expected:08x} expected, got {got:08x}", block)
+    if kind == "size":
+        raise CorruptStepError(path, f"{expected} bytes expected, got {got}")
+    if not files.directory.exists():
+        raise StepNotFoundError(f"{files.directory} was deleted while it was read")
+    raise CorruptStepError(path, f"{operation} failed: {os.strerror(number)}", block)
+
+
+def find_damage(files: StepFiles) -> CorruptStepError | None:
+    """The first block that is not what was written; None if all are good, or nothing is known."""
+    if files.entries is None:
+        return None
+    try:
+        read_tensors(files, [], verify_only=True)
+    except CorruptStepError as damage:
+        return damage
+    return None

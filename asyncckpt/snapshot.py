@@ -1,0 +1,311 @@
+"""From a plan to bytes on disk, while training goes on: the engine's jobs and the torn-state guard.
+
+Guarantees:
+- A snapshot's files hold the values of the moment it was taken, or it fails with the name of a tensor
+  that changed. What version counters cannot see is listed at `Guard`.
+- Memory that the engine reads is held until it was read. Memory that goes away all the same (a storage
+  resized to nothing) fails the snapshot; it does not crash the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _native
+from .errors import SaveError, TornStateError, WriteError
+from .formats.image import NO_RECORD
+from .formats.manifest import FileEntry
+from .plan import Planned, WritePlan, span_nbytes
+from .state import flatten, tensors_in
+
+_CHUNK_NBYTES = 4 << 20  # also the block of a CRC in the manifest; fewer would slow the disk down
+_CHUNK_NBYTES_MIN = 4096
+_CHUNKS_MIN = 8  # below this, copying and writing cannot overlap: chunks get smaller instead
+_RESERVE_NBYTES_MAX = 16 << 20  # for what save() copies itself
+
+# ---------------------------------------------------------------------------- captured
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A tree in which everything that training may change before the next fence is a copy.
+
+    Attributes:
+        tree: as it was, with copies in place of volatile tensors.
+        live: names and tensors that are still the live ones; the guard watches them.
+        nbytes: copied.
+        forward_changes: some buffer was too large to copy; the next forward must wait.
+    """
+
+    tree: dict[str, Any]
+    live: list[tuple[str, torch.Tensor]]
+    nbytes: int
+    forward_changes: bool
+
+
+def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> Captured:
+    """Copy what cannot wait for the step fence.
+
+    Volatile are a model's buffers (`buffers` holds their addresses; forward changes them) and every
+    tensor outside model and optimizer (a sampler may advance at any time). At most `reserve_nbytes` are
+    copied; what is left over stays live.
+    """
+    copied: dict[tuple[Any, ...], torch.Tensor] = {}
+    nbytes = 0
+    forward_changes = False
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal nbytes, forward_changes
+        if tensor.layout != torch.strided:
+            return tensor
+        key = (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in copied:
+            size = span_nbytes(tensor)
+            if nbytes + size > reserve_nbytes:
+                forward_changes = forward_changes or tensor.data_ptr() in buffers
+                return tensor
+            nbytes += size
+            copied[key] = tensor.detach().clone()
+        return copied[key]
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return copy(value)
+        if type(value) is dict:
+            return {key: visit(child) for key, child in value.items()}
+        if type(value) is list:
+            return [visit(child) for child in value]
+        if type(value) is tuple:
+            return tuple(visit(child) for child in value)
+        return value
+
+    result = dict(tree)
+    for name, branch in tree.items():
+        if name == "model":
+            if buffers:
+                result[name] = {
+                    key: copy(value)
+                    if isinstance(value, torch.Tensor) and value.data_ptr() in buffers
+                    else value
+                    for key, value in branch.items()
+                }
+        elif name != "optimizer":
+            result[name] = visit(branch)
+    copies = {id(tensor) for tensor in copied.values()}
+    live = [
+        (leaf.name, tensor)
+        for leaf in flatten(result)
+        for tensor in tensors_in(leaf.value)
+        if id(tensor) not in copies
+    ]
+    return Captured(result, live, nbytes, forward_changes)
+
+
+# ---------------------------------------------------------------------------- guard
+
+
+class Guard:
+    """Tells whether a live tensor changed since the guard was made.
+
+    It compares version counters, addresses and sizes. These do not see writes through `.data`, through
+    numpy or other aliases without a counter, by custom kernels, or by fused optimizers; the step fence
+    keeps the last from mattering. `guard="full"` compares checksums instead of trusting counters.
+
+    Must be asked on the thread that trains: a counter moves after the bytes do, so another thread can
+    see new bytes under an old version.
+    """
+
+    def __init__(self, live: list[tuple[str, torch.Tensor]]) -> None:
+        # Aliases share the counter; they keep the memory when `tensor.data` is pointed elsewhere.
+        self._watched = [
+            (name, alias := tensor.detach(), _version(alias), alias.data_ptr(), _storage_nbytes(alias))
+            for name, tensor in live
+        ]
+
+    def changed(self) -> str | None:
+        """The first tensor that changed and how; None if none did."""
+        for name, tensor, version, address, nbytes in self._watched:
+            if _version(tensor) != version:
+                return f"{name} was written to"
+            if tensor.data_ptr() != address or _storage_nbytes(tensor) != nbytes:
+                return f"the storage of {name} was resized or replaced"
+        return None
+
+    def release(self) -> None:
+        """Let go of the tensors."""
+        self._watched.clear()
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 -- there is no public name for it
+
+
+def _storage_nbytes(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
+
+
+# ---------------------------------------------------------------------------- engine
+
+
+class Snapshot:
+    """One save in the engine."""
+
+    def __init__(
+        self,
+        job: _native.Job,
+        planned: Planned,
+        guard: Guard,
+        checksums: dict[int, int] | None,
+        block_nbytes: int,
+    ) -> None:
+        self._job = job
+        self._block_nbytes = block_nbytes
+        self._plan: WritePlan = planned.plan
+        self._held: Any = planned
+        self._guard = guard
+        self._checksums = checksums
+
+    def changed(self) -> str | None:
+        """See `Guard.changed`."""
+        return self._guard.changed()
+
+    def wait_released(self, timeout_s: float) -> bool:
+        """Wait until training may change everything; lets go of the memory then."""
+        if not self._job.wait_released(timeout_s):
+            return False
+        self._guard.release()
+        self._held = None
+        return True
+
+    @property
+    def released(self) -> bool:
+        """Whether the engine will not read training's memory again."""
+        return self._job.released
+
+    def abort(self) -> None:
+        """Give it up; `wait_written` raises."""
+        self._job.abort()
+
+    def wait_written(self, timeout_s: float) -> bool:
+        """Wait until all files are synced; False when the time is up.
+
+        Raises:
+            WriteError: the operating system refused.
+            TornStateError: memory went away, or (`guard="full"`) bytes are not those of save().
+        """
+        if not self._job.wait_finished(timeout_s):
+            return False
+        error = self._job.error
+        if error is not None:
+            raise self._translate(*error)
+        if self._checksums is not None:
+            self._compare(self._checksums)
+        return True
+
+    def _translate(self, operation: str, path: str, offset: int, source: int, number: int) -> SaveError:
+        if operation == "abort":
+            return SaveError("the save was given up")
+        if operation == "copy" and number == errno.EFAULT:
+            return TornStateError(
+                f"the memory of {self._plan.names[source]} went away before it was copied; "
+                f"call fence() before storages are freed or resized"
+            )
+        hint = "free space, or lower keep_last" if number in (errno.ENOSPC, errno.EDQUOT) else ""
+        return WriteError(operation, path, number, offset if offset >= 0 else None, hint)
+
+    def _compare(self, checksums: dict[int, int]) -> None:
+        for index, image in enumerate(self._plan.images):
+            staged = self._job.record_crcs(index)
+            for _, _, source, _, record in image.extents.tolist():
+                if record != NO_RECORD and checksums.get(source, staged[record]) != staged[record]:
+                    raise TornStateError(
+                        f"{self._plan.names[source]} changed before it was copied (its checksum differs)"
+                    )
+
+    def files(self) -> tuple[FileEntry, ...]:
+        """What was written, for the manifest."""
+        return tuple(
+            FileEntry(image.path, image.nbytes, self._block_nbytes, tuple(self._job.block_crcs(index)))
+            for index, image in enumerate(self._plan.images)
+        )
+
+    def times_s(self) -> tuple[float, float, float, float]:
+        """Seconds after submission: released, written, finished; and how long copying was starved."""
+        return self._job.times_s
+
+    @property
+    def direct(self) -> bool:
+        """Whether all files were written with O_DIRECT."""
+        return self._job.direct
+
+
+class Stager:
+    """The engine and its memory: turns plans into snapshots.
+
+    Args:
+        host_memory_bytes: all that staging may take: the engine's arena, and a reserve for what is
+            copied inside save() (an eighth, at most 16 MiB).
+        writers: threads that write to disk.
+        copiers: threads that copy into the arena; None for one per four cores.
+        full_guard: compare checksums taken inside save() with those of the bytes written.
+    """
+
+    def __init__(
+        self, host_memory_bytes: int, writers: int = 4, copiers: int | None = None, full_guard: bool = False
+    ) -> None:
+        self.reserve_nbytes = min(_RESERVE_NBYTES_MAX, host_memory_bytes // 8)
+        arena_nbytes = host_memory_bytes - self.reserve_nbytes
+        chunk_nbytes = _CHUNK_NBYTES
+        while chunk_nbytes > _CHUNK_NBYTES_MIN and chunk_nbytes * _CHUNKS_MIN > arena_nbytes:
+            chunk_nbytes //= 2
+        self._engine = _native.Engine(
+            arena_nbytes=arena_nbytes,
+            chunk_nbytes=chunk_nbytes,
+            copiers=copiers or max(1, (os.cpu_count() or 1) // 4),
+            writers=writers,
+            direct=True,
+            prefault=True,
+        )
+        self._full_guard = full_guard
+        self._compiled: tuple[WritePlan, list[_native.Image]] | None = None
+
+    def snapshot(self, planned: Planned, live: list[tuple[str, torch.Tensor]], directory: Path) -> Snapshot:
+        """Begin to write `planned` into `directory`, which holds none of its files yet."""
+        guard = Guard(live)
+        images = self._images(planned.plan)
+        checksums = self._checksums(planned) if self._full_guard else None
+        job = self._engine.submit(str(directory), images, planned.addresses, planned.sizes)
+        return Snapshot(job, planned, guard, checksums, self._engine.chunk_nbytes)
+
+    def _images(self, plan: WritePlan) -> list[_native.Image]:
+        if self._compiled is None or self._compiled[0] is not plan:
+            images = [
+                _native.make_image(i.path, i.nbytes, i.literals, i.extents, i.fixups, i.records)
+                for i in plan.images
+            ]
+            self._compiled = (plan, images)
+        return self._compiled[1]
+
+    @staticmethod
+    def _checksums(planned: Planned) -> dict[int, int]:
+        sources = range(len(planned.plan.slots), len(planned.sizes))
+        return {
+            source: _native.crc32(int(planned.addresses[source]), int(planned.sizes[source]))
+            for source in sources
+        }
+
+    def close(self) -> None:
+        """Stop the engine; what is in flight fails."""
+        self._engine.close()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child of the one that made it: the threads are not here."""
+        return self._engine.forked
