@@ -246,7 +246,7 @@ class ModelSection:
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
         live = self.model.state_dict()
-        stored = _flat(stored)
+        stored = _by_key(stored, live)
         own = None
         if isinstance(self.model, torch.nn.Module):
             own = {t.data_ptr() for t in self.model.parameters()} | {
@@ -268,11 +268,13 @@ class ModelSection:
             matching.afterwards.append(lambda: self.model.load_state_dict(rest, **kwargs))
 
 
-def _flat(stored: Any) -> dict[str, Any]:
-    """A model's branch by fully qualified name, also when a file keeps it nested."""
+def _by_key(stored: Any, live: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's branch by the keys of its state_dict, also where a file keeps it nested."""
     if not isinstance(stored, Mapping):
         return {}
-    return {leaf.name: leaf.value for leaf in flatten(stored)}
+    if all(key in stored for key in live):
+        return dict(stored)
+    return {**{leaf.name: leaf.value for leaf in flatten(stored)}, **{k: stored[k] for k in live if k in stored}}
 
 
 class OptimizerSection:

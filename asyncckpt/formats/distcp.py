@@ -246,17 +246,18 @@ def read_metadata(data: bytes, *, trusted: bool = False) -> Metadata:
     try:
         tree = unpickle(data, trusted=trusted)
         whole = tree if trusted else _Conversion().convert(tree)
-        if not isinstance(whole, _stock()[0].Metadata) or not isinstance(whole.state_dict_metadata, dict):
-            raise BadMetadataError(f"it holds a {type(tree).__name__}")
         _check(whole)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise BadMetadataError(f"not the .metadata of a DCP checkpoint: {error}") from error
-    return whole
+    checked: Metadata = whole
+    return checked
 
 
-def _check(whole: Metadata) -> None:
+def _check(whole: Any) -> None:
     """Types of all that a reader computes with."""
     dcp, filesystem = _stock()
+    if not isinstance(whole, dcp.Metadata) or not isinstance(whole.state_dict_metadata, dict):
+        raise BadMetadataError(f"it holds a {type(whole).__name__}")
     for fqn, described in whole.state_dict_metadata.items():
         if isinstance(described, dcp.BytesStorageMetadata):
             continue

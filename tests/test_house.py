@@ -1,0 +1,86 @@
+"""The doors of the house: who may import whom, and what the stub says of the native module."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import asyncckpt
+from asyncckpt import _native
+
+PACKAGE = Path(asyncckpt.__file__).parent
+MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Absolute names of everything that a module imports, lazily or not."""
+    package = name_of(path).split(".") if path.name == "__init__.py" else name_of(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{stem}.{alias.name}"
+
+
+GRAPH = {name_of(path): set(imports_of(path)) for path in MODULES}
+
+
+def users_of(target: str) -> set[str]:
+    return {
+        name for name, found in GRAPH.items() if any(i == target or i.startswith(target + ".") for i in found)
+    }
+
+
+def test_the_graph_is_seen() -> None:
+    assert "asyncckpt.commit" in users_of("asyncckpt.formats.manifest")
+    assert len(GRAPH) > 20
+
+
+def test_only_snapshot_and_restore_open_the_engine() -> None:
+    assert users_of("asyncckpt._native") == {"asyncckpt.snapshot", "asyncckpt.restore"}
+
+
+def test_only_the_front_door_sees_the_checkpointer() -> None:
+    assert users_of("asyncckpt.checkpointer") == {"asyncckpt"}
+
+
+@pytest.mark.parametrize("room", [name for name in GRAPH if ".formats" in name or name == "asyncckpt.plan"])
+def test_pure_rooms_do_no_io(room: str) -> None:
+    forbidden = ("os", "threading", "socket", "subprocess", "shutil", "tempfile")
+    used = {found.split(".")[0] for found in GRAPH[room]}
+    assert not used & set(forbidden)
+
+
+@pytest.mark.parametrize("room", [name for name in GRAPH if ".formats" in name])
+def test_formats_know_no_room_above_them(room: str) -> None:
+    above = {
+        i for i in GRAPH[room] if i.startswith("asyncckpt") and ".formats" not in i and ".errors" not in i
+    }
+    assert not above
+
+
+def test_commit_and_lease_know_nothing_of_torch() -> None:
+    for room in ("commit", "steps", "lease", "filesystem", "formats.manifest"):
+        assert not {i for i in GRAPH[f"asyncckpt.{room}"] if i.split(".")[0] in ("torch", "numpy")}
+
+
+def test_the_stub_names_what_the_engine_has() -> None:
+    stub = ast.parse((PACKAGE / "_native.pyi").read_text())
+    named = {node.name for node in stub.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+    assert named == {name for name in dir(_native) if not name.startswith("__")}
+    for node in stub.body:
+        if isinstance(node, ast.ClassDef):
+            members = {m.name for m in node.body if isinstance(m, (ast.FunctionDef, ast.ClassDef))}
+            real = {name for name in dir(getattr(_native, node.name)) if not name.startswith("_")}
+            assert members - {"__init__"} == real, node.name
