@@ -359,7 +359,11 @@ class CheckpointRoot(RootView):
         kept = [entry.step for entry in entries if entry.step <= ceiling and entry.problem is None]
         if tracked is not None and tracked > ceiling and kept:
             temporary = self.path / f"{TEMPORARY_PREFIX}back-{attempt.id}"
-            self._fs.replace_file(self._tracker, self.layout.tracker_bytes(max(kept)), temporary)
+            try:
+                self._fs.replace_file(self._tracker, self.layout.tracker_bytes(max(kept)), temporary)
+            except WriteError:
+                self._empty(temporary)
+                raise
 
     def _rename(self, attempt: Attempt, target: Path) -> None:
         try:

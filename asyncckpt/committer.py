@@ -1,6 +1,6 @@
 """The thread that turns written snapshots into visible steps, one at a time, in order.
 
-    written and fenced -> lease still ours -> fragment, manifest -> rename -> tracker -> retention
+    written and fenced -> fragment, manifest -> lease still ours -> rename -> tracker -> retention
 
 Guarantees:
 - A save ends, durable or failed, whatever happens to it; whoever waits for it is woken.
@@ -97,6 +97,8 @@ class Committer:
             nonlocal visible
             visible = visible or phase == "renamed"
             save.mark(phase)
+            if phase == "manifest":
+                self._lease.check()  # the last look: a suspended process may have lost it meanwhile
 
         try:
             while not snapshot.wait_written(HEARTBEAT_S):
@@ -107,7 +109,6 @@ class Committer:
             if save.error is not None:
                 raise save.error
             save.mark("checked")
-            self._lease.check()
             fragment = self._root.write_fragment(attempt, 0, snapshot.files())
             self._root.publish(attempt, [fragment], metadata=save.metadata, on_phase=mark)
             save.report.durable_s = save.elapsed_s()

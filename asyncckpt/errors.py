@@ -20,7 +20,8 @@
         |-- MismatchError      the checkpoint does not fit the live objects: every difference is listed
         `-- UntrustedError     reading it would run code: pass trusted=True if you trust the file
 
-A save that failed leaves no visible trace and never touches an older step.
+A save that failed never touches an older step. It leaves nothing visible, with one exception, which its
+message names: a step that is whole, but whose name was not proven to survive a power cut.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class LeafError(CheckpointError, TypeError):
 
 
 class SaveError(CheckpointError):
-    """A save failed. Nothing of it is visible and older steps are untouched."""
+    """A save failed. Older steps are untouched; see the top of this module for what may be visible."""
 
 
 class TornStateError(SaveError):

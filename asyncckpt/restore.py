@@ -151,6 +151,8 @@ def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
                     )
                 parts[key] = ref
             offsets = tuple(index.offset) if index.offset is not None else (0,) * len(described.size)
+            if not _inside(offsets, parts[key].shape, described.size):
+                raise CorruptStepError(files.path(METADATA_PATH), f"{name}: a chunk lies outside of it")
             stored.append(_part(parts[key], info.relative_path, offsets))
         dtypes = {parts[info.relative_path, info.offset].dtype for _, info in places[name]}
         if dtypes != {described.properties.dtype}:
@@ -163,6 +165,12 @@ def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
 
     named = {name: leaf(name, described) for name, described in metadata.state_dict_metadata.items()}
     return unflatten((_as_path(paths.get(name), name), value) for name, value in named.items())
+
+
+def _inside(offsets: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    return len(offsets) == len(shape) == len(whole) and all(
+        0 <= offset <= size - length for offset, length, size in zip(offsets, shape, whole, strict=True)
+    )
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -220,12 +228,10 @@ def _stored(value: Any, file: str) -> Any:
 
 
 def _part(ref: TensorRef, file: str, offsets: tuple[int, ...]) -> StoredPart:
-    if ref.conj or ref.neg:
-        raise LoadError(f"{file} holds a lazily conjugated or negated tensor; load it with torch.load")
     itemsize = ref.dtype.itemsize
     first = ref.data_offset + ref.storage_offset * itemsize
     nbytes = span_elements(ref.shape, ref.stride) * itemsize
-    return StoredPart(file, first, nbytes, offsets, ref.shape, ref.stride)
+    return StoredPart(file, first, nbytes, offsets, ref.shape, ref.stride, ref.conj, ref.neg)
 
 
 def refuse_inert(tree: Mapping[str, Any], names: Iterator[str] | tuple[str, ...]) -> None:
@@ -238,14 +244,6 @@ def refuse_inert(tree: Mapping[str, Any], names: Iterator[str] | tuple[str, ...]
 
 
 # ---------------------------------------------------------------------------- reading
-
-
-@dataclass
-class _Late:
-    """A stored part that cannot go straight into its target: it is read aside and then copied."""
-
-    aside: torch.Tensor
-    target: torch.Tensor
 
 
 @dataclass
@@ -268,7 +266,7 @@ def read_tensors(
             half overwritten.
     """
     wanted: dict[str, _FileReads] = {name: _FileReads() for name in files.entries or ()}
-    late: list[_Late] = []
+    late: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, what is read aside for it)
     repeats: list[tuple[torch.Tensor, torch.Tensor]] = []
     seen: dict[StoredPart, torch.Tensor] = {}
     if not verify_only:
@@ -286,15 +284,15 @@ def read_tensors(
                 memory = target
                 if not _takes_span(target, part):
                     memory = torch.empty_strided(part.shape, part.stride, dtype=stored.dtype)
-                    late.append(_Late(memory, target))
+                    late.append((target, _value(memory, part)))
                 reads_of_file = wanted.setdefault(part.file, _FileReads())
                 reads_of_file.offsets.append(part.data_offset)
                 reads_of_file.sizes.append(part.nbytes)
                 reads_of_file.addresses.append(memory.data_ptr())
     _run(files, wanted)
     with torch.no_grad():
-        for one in late:
-            _copy(one.target, one.aside)
+        for target, aside in late:
+            _copy(target, aside)
         for source, target in repeats:
             if source.data_ptr() != target.data_ptr():
                 _copy(target, source)
@@ -302,7 +300,7 @@ def read_tensors(
 
 def _takes_span(target: torch.Tensor, part: StoredPart) -> bool:
     """Whether the stored bytes, gaps included, can be written over the target's memory."""
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or part.conj or part.neg or target.is_conj() or target.is_neg():
         return False
     distinct = 1  # elements with memory of their own
     for size, here, there in zip(part.shape, target.stride(), part.stride, strict=True):
@@ -311,6 +309,12 @@ def _takes_span(target: torch.Tensor, part: StoredPart) -> bool:
         if here != 0:
             distinct *= size
     return span_elements(target.shape, target.stride()) == distinct  # no gaps
+
+
+def _value(stored: torch.Tensor, part: StoredPart) -> torch.Tensor:
+    """A view of stored elements that gives their values."""
+    value = stored.conj() if part.conj else stored
+    return torch._neg_view(value) if part.neg else value  # noqa: SLF001 -- there is no public name for it
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -133,6 +133,7 @@ class StoredPart(NamedTuple):
         nbytes: from there to the end of its last element.
         offsets, shape: which part of the whole tensor this is, in elements.
         stride: of the stored elements.
+        conj, neg: the values are the conjugate, the negative, of the stored bytes.
     """
 
     file: str
@@ -141,6 +142,8 @@ class StoredPart(NamedTuple):
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    conj: bool = False
+    neg: bool = False
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,8 @@ def _by_key(stored: Any, live: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     if all(key in stored for key in live):
         return dict(stored)
-    return {**{leaf.name: leaf.value for leaf in flatten(stored)}, **{k: stored[k] for k in live if k in stored}}
+    nested = {leaf.name: leaf.value for leaf in flatten(stored)}
+    return {**nested, **{key: stored[key] for key in live if key in stored}}
 
 
 class OptimizerSection:

@@ -257,7 +257,8 @@ HOSTILE = {
     "pickle": pickle.dumps(Call(pickle.loads, pickle.dumps(Call(exec, TOUCH))), 4),
     "map": pickle.dumps(Call(list, Call(map, eval, [TOUCH])), 2),
     "partial": pickle.dumps(Call(functools.partial(eval, TOUCH)), 2),
-    "setstate": pickle.dumps(Call(functools.partial, print, state=(eval, (TOUCH,), {}, None)), 2)[:-1] + b")R.",
+    "setstate": pickle.dumps(Call(functools.partial, print, state=(eval, (TOUCH,), {}, None)), 2)[:-1]
+    + b")R.",
     "getattr": b"\x80\x02c__builtin__\ngetattr\nc__builtin__\n__import__\n"
     + text("os") + b"\x85R" + text("system") + b"\x86R" + text(f"touch {MARKER}") + b"\x85R.",
     "inst": f"(S'touch {MARKER}'\nios\nsystem\n.".encode(),

@@ -24,13 +24,15 @@ import pickletools
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 
 from asyncckpt.formats import refs, safe_numpy
 from asyncckpt.formats.inert import Inert, InertType, brief, inert_type
 from asyncckpt.formats.refs import BadPickleError, StorageRef
+
+_BUFFER_BYTES = 1 << 17  # as much as the C unpickler asks for at a time
 
 # (key, dtype, location, nbytes) -> where that storage lies
 FindStorage = Callable[[str, torch.dtype, str, int], StorageRef]
@@ -53,7 +55,9 @@ def unpickle(data: bytes, find_storage: FindStorage | None = None, *, trusted: b
     try:
         if not trusted:
             _refuse_extensions(data)
-        unpickler = kind(io.BytesIO(data), find_storage)
+        # buffered, for its peek(): without one the C unpickler asks for every opcode with a call of its own
+        file = io.BufferedReader(io.BytesIO(data), buffer_size=min(len(data), _BUFFER_BYTES))
+        unpickler = kind(file, find_storage)
         tree = unpickler.load()
         return safe_numpy.settled(tree) if unpickler.has_numpy else tree
     except BadPickleError:
@@ -64,7 +68,7 @@ def unpickle(data: bytes, find_storage: FindStorage | None = None, *, trusted: b
 
 
 class _SafeUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, find_storage: FindStorage | None) -> None:
+    def __init__(self, file: IO[bytes], find_storage: FindStorage | None) -> None:
         super().__init__(file)
         self.has_numpy = False
         self._find_storage = find_storage
