@@ -141,8 +141,8 @@ class CheckpointRoot(RootView):
     """The steps under one root, and the one door through which they become visible.
 
     Reads the root when constructed: construct it after the lease was taken. One thread at a time
-    may begin, publish, discard, retain or sweep; `check_step`, `candidates`, `entries` and reading
-    may run beside it.
+    may publish, retain or sweep; `begin`, `check_step`, `candidates`, `entries` and reading may run
+    beside it, and so may `discard` of another attempt.
     """
 
     def __init__(self, path: Path, layout: Layout, fs: Filesystem | None = None) -> None:

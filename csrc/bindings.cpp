@@ -27,6 +27,12 @@ using UInt64Array = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::d
 // A wait returns to Python this often, to run signal handlers.
 constexpr double kSignalInterval_s = 0.1;
 
+// What Python holds of an image. A shared_ptr made from a Python object would own a reference to it,
+// and the engine thread that drops it last would wait for the GIL: native threads never call Python.
+struct Image {
+  std::shared_ptr<const FileImage> image;
+};
+
 template <typename Wait>
 bool wait_interruptibly(double timeout_s, Wait&& wait) {
   for (;;) {
@@ -42,8 +48,8 @@ bool wait_interruptibly(double timeout_s, Wait&& wait) {
   }
 }
 
-std::shared_ptr<FileImage> make_image(const std::string& path, uint64_t nbytes, nb::bytes literals,
-                                      Int64Table extents, Int64Table fixups, uint32_t records) {
+Image make_image(const std::string& path, uint64_t nbytes, nb::bytes literals, Int64Table extents,
+                 Int64Table fixups, uint32_t records) {
   if (extents.shape(1) != 5 || fixups.shape(1) != 2)
     throw nb::value_error("extents must be [n, 5] and fixups [m, 2]");
   auto image = std::make_shared<FileImage>();
@@ -66,7 +72,7 @@ std::shared_ptr<FileImage> make_image(const std::string& path, uint64_t nbytes, 
   }
   const std::string problem = image->problem();
   if (!problem.empty()) throw nb::value_error(problem.c_str());
-  return image;
+  return {std::move(image)};
 }
 
 void refuse_fork(const Engine& engine) {
@@ -132,9 +138,9 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);
   m.doc() = "The native engine: file images to disk and back, without the GIL.";
 
-  nb::class_<FileImage>(m, "Image")
-      .def_prop_ro("path", [](const FileImage& image) { return image.path; })
-      .def_prop_ro("nbytes", [](const FileImage& image) { return image.nbytes; });
+  nb::class_<Image>(m, "Image")
+      .def_prop_ro("path", [](const Image& image) { return image.image->path; })
+      .def_prop_ro("nbytes", [](const Image& image) { return image.image->nbytes; });
   m.def("make_image", &make_image, "path"_a, "nbytes"_a, "literals"_a, "extents"_a, "fixups"_a,
         "records"_a);
 
@@ -189,17 +195,17 @@ NB_MODULE(_native, m) {
           "prefault"_a)
       .def(
           "submit",
-          [](Engine& engine, std::string directory,
-             const std::vector<std::shared_ptr<FileImage>>& images, UInt64Array addresses,
-             UInt64Array sizes) {
+          [](Engine& engine, std::string directory, const std::vector<Image>& images,
+             UInt64Array addresses, UInt64Array sizes) {
             refuse_fork(engine);
             if (addresses.shape(0) != sizes.shape(0))
               throw nb::value_error("addresses and sizes differ in length");
             std::vector<Source> sources(addresses.shape(0));
             for (size_t i = 0; i < sources.size(); ++i)
               sources[i] = {addresses.data()[i], sizes.data()[i]};
-            return engine.submit(std::move(directory), {images.begin(), images.end()},
-                                 std::move(sources));
+            std::vector<std::shared_ptr<const FileImage>> plain;
+            for (const Image& image : images) plain.push_back(image.image);
+            return engine.submit(std::move(directory), std::move(plain), std::move(sources));
           },
           "directory"_a, "images"_a, "addresses"_a, "sizes"_a, nb::keep_alive<0, 1>())
       .def("close",

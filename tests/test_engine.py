@@ -245,6 +245,20 @@ def test_close_with_work_in_flight_finishes_every_job(tmp_path: Path) -> None:
         submit(engine, tmp_path, [image], [array])
 
 
+def test_engine_threads_never_wait_for_python(tmp_path: Path) -> None:
+    """The engine's destructor joins its threads under the GIL: none of them may want it, whatever they
+    are the last to let go of."""
+    engine = make_engine(1, chunk_nbytes=64 << 20, copiers=1)
+    builder = ImageBuilder("big")
+    array = np.zeros(64 << 20, dtype=np.uint8)
+    builder.record(0, array.nbytes)
+    _native.faults.arm(Op.copy, 0, Kind.shorten)  # has no effect on a copy, but tells that it began
+    job = submit(engine, tmp_path, [builder.build()], [array])
+    assert _native.faults.wait_for_hits(Op.copy, 1)
+    del job
+    del engine
+
+
 def test_a_forked_child_gets_an_error_and_exits(tmp_path: Path) -> None:
     engine = make_engine(2)
     image, array = big_image(500 * CHUNK)
