@@ -75,9 +75,23 @@ Image make_image(const std::string& path, uint64_t nbytes, nb::bytes literals, I
   return {std::move(image)};
 }
 
-void refuse_fork(const Engine& engine) {
-  if (engine.forked()) throw std::runtime_error("the engine belongs to the parent process");
-}
+// An engine that is abandoned, not destroyed, in a forked child: its threads are the parent's, so
+// joining them would hang, and so would destroying condition variables that they wait for.
+struct EngineHandle {
+  explicit EngineHandle(const EngineOptions& options) : engine(new Engine(options)) {}
+  ~EngineHandle() {
+    if (!engine->forked()) delete engine;
+  }
+  EngineHandle(const EngineHandle&) = delete;
+  EngineHandle& operator=(const EngineHandle&) = delete;
+
+  Engine& usable() const {
+    if (engine->forked()) throw std::runtime_error("the engine belongs to the parent process");
+    return *engine;
+  }
+
+  Engine* const engine;
+};
 
 nb::tuple times_of(Job& job) {
   const JobTimes times = job.times();
@@ -175,10 +189,10 @@ NB_MODULE(_native, m) {
         return job.record_crcs(file);
       });
 
-  nb::class_<Engine>(m, "Engine")
+  nb::class_<EngineHandle>(m, "Engine")
       .def(
           "__init__",
-          [](Engine* self, size_t arena_nbytes, size_t chunk_nbytes, unsigned copiers,
+          [](EngineHandle* self, size_t arena_nbytes, size_t chunk_nbytes, unsigned copiers,
              unsigned writers, bool direct, bool prefault) {
             if (chunk_nbytes == 0 || chunk_nbytes % kDirectAlignment != 0)
               throw nb::value_error("chunk_nbytes must be a positive multiple of 4096");
@@ -189,15 +203,15 @@ NB_MODULE(_native, m) {
             options.writers = writers;
             options.direct = direct;
             options.prefault = prefault;
-            new (self) Engine(options);
+            new (self) EngineHandle(options);
           },
           nb::kw_only(), "arena_nbytes"_a, "chunk_nbytes"_a, "copiers"_a, "writers"_a, "direct"_a,
           "prefault"_a)
       .def(
           "submit",
-          [](Engine& engine, std::string directory, const std::vector<Image>& images,
+          [](EngineHandle& handle, std::string directory, const std::vector<Image>& images,
              UInt64Array addresses, UInt64Array sizes) {
-            refuse_fork(engine);
+            Engine& engine = handle.usable();
             if (addresses.shape(0) != sizes.shape(0))
               throw nb::value_error("addresses and sizes differ in length");
             std::vector<Source> sources(addresses.shape(0));
@@ -209,15 +223,17 @@ NB_MODULE(_native, m) {
           },
           "directory"_a, "images"_a, "addresses"_a, "sizes"_a, nb::keep_alive<0, 1>())
       .def("close",
-           [](Engine& engine) {
-             refuse_fork(engine);
+           [](EngineHandle& handle) {
+             Engine& engine = handle.usable();
              nb::gil_scoped_release release;
              engine.close();
            })
-      .def_prop_ro("forked", &Engine::forked)
-      .def_prop_ro("arena_nbytes", &Engine::arena_nbytes)
-      .def_prop_ro("chunk_nbytes", &Engine::chunk_nbytes)
-      .def_prop_ro("prefault_s", &Engine::prefault_s);
+      .def_prop_ro("forked", [](EngineHandle& handle) { return handle.engine->forked(); })
+      .def_prop_ro("arena_nbytes",
+                   [](EngineHandle& handle) { return handle.engine->arena_nbytes(); })
+      .def_prop_ro("chunk_nbytes",
+                   [](EngineHandle& handle) { return handle.engine->chunk_nbytes(); })
+      .def_prop_ro("prefault_s", [](EngineHandle& handle) { return handle.engine->prefault_s(); });
 
   nb::class_<FileReads>(m, "FileReads")
       .def(nb::init<>())

@@ -121,15 +121,7 @@ Engine::Engine(const EngineOptions& options)
     });
 }
 
-Engine::~Engine() {
-  if (forked()) {
-    // The threads are the parent's. Joining would hang, and the mutex may be held for ever by a
-    // thread that does not exist here: give the handles up and touch nothing else.
-    for (std::thread& thread : threads_) thread.detach();
-    return;
-  }
-  close();
-}
+Engine::~Engine() { close(); }
 
 void Engine::close() {
   {

@@ -145,7 +145,7 @@ struct EngineOptions {
 class Engine {
  public:
   explicit Engine(const EngineOptions& options);
-  // In a forked child it only lets go of what it inherited; else as close().
+  // As close(). Not to be run in a forked child: leak it there.
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
