@@ -33,11 +33,13 @@ from .errors import (
     NoIntactStepError,
     OptionError,
     RootError,
+    SaveTimeoutError,
     StepExistsError,
     StepNotFoundError,
 )
 from .fence import StepFence
 from .filesystem import Filesystem
+from .formats.manifest import checked_metadata
 from .inflight import PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
 from .lease import RootLease
@@ -96,7 +98,8 @@ class AsyncCheckpointer:
         max_in_flight: saves not yet durable at a time.
         when_busy: what save() does beyond that: "wait" (it shows in `blocked_s`) or "skip" (the handle's
             report says skipped, and a warning is logged).
-        fence_timeout_s: after this long in the fence, the save is given up, not training.
+        fence_timeout_s: after this long in the fence, the save is given up, not training. save() waits as
+            long for room before it raises.
         save_rng: capture and restore python's, numpy's and torch's generators.
         read_only: only load: no lease, no writes; other runs may own the root.
         on_phase: called with (step, phase) as each phase is reached, on whatever thread reaches it.
@@ -138,10 +141,12 @@ class AsyncCheckpointer:
         _check_positive(
             writers=writers, max_in_flight=max_in_flight, keep_last=keep_last, keep_every=keep_every
         )
-        if host_memory is not None and host_memory < 1 << 16:
-            raise OptionError(f"host_memory is in bytes and must be at least 65536, got {host_memory}")
-        if fence_timeout_s <= 0:
-            raise OptionError(f"fence_timeout_s must be positive, got {fence_timeout_s}")
+        if not (host_memory is None or _is_whole(host_memory, at_least=1 << 16)):
+            raise OptionError(f"host_memory is a number of bytes, at least 65536; got {host_memory!r}")
+        if host_memory is not None and host_memory > (available := memory.available_bytes()):
+            raise OptionError(f"host_memory: {host_memory} bytes, but only {available} are available")
+        if not isinstance(fence_timeout_s, int | float) or not fence_timeout_s > 0:
+            raise OptionError(f"fence_timeout_s is a positive number of seconds; got {fence_timeout_s!r}")
         self._state = TrainingState(
             model=model,
             optimizer=optimizer,
@@ -178,7 +183,10 @@ class AsyncCheckpointer:
             if host_memory is None:
                 host_memory = memory.default_host_memory_bytes(model, optimizer is not None)
             self._planner = planner_for(layout)
-            self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
+            try:
+                self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
+            except MemoryError as error:
+                raise OptionError(f"host_memory: {host_memory} bytes cannot be had") from error
             self._fence = StepFence(
                 fence=self.fence,
                 needed=lambda: bool(self._in_flight()),
@@ -206,6 +214,7 @@ class AsyncCheckpointer:
             metadata: anything JSON; comes back as `Resume.metadata`.
 
         Raises:
+            OptionError: metadata is not JSON, or step is no int.
             StepError: negative or not greater; StepExistsError: already there.
             LeafError: a leaf cannot be saved; it is named.
             SaveError: an *earlier* save failed, and nobody was told yet. This one was not begun.
@@ -226,19 +235,19 @@ class AsyncCheckpointer:
                 return SaveHandle(save, self._settle)
             self._raise_failures()
             try:
-                self._begin(save, self._committer, dict(metadata or {}))
+                save.metadata = checked_metadata(metadata or {})
+                self._begin(save, self._committer)
             finally:
                 save.report.blocked_s += save.elapsed_s()
         return SaveHandle(save, self._settle)
 
-    def _begin(self, save: Save, committer: Committer, metadata: dict[str, Any]) -> None:
+    def _begin(self, save: Save, committer: Committer) -> None:
         model = self._state.model
         tree = self._state.capture(save.step)
         captured = capture(tree, model.buffers() if model else set(), self._stager.reserve_nbytes)
         save.mark("captured")
         planned = self._planner.plan(captured.tree)
         save.mark("planned")
-        save.metadata = metadata
         save.forward_changes = captured.forward_changes
         save.report.nbytes = planned.plan.nbytes
         save.report.captured_nbytes = captured.nbytes
@@ -277,9 +286,16 @@ class AsyncCheckpointer:
                 save.finish()
                 return False
             self.fence()  # an unfenced save can never commit
-            oldest = self._in_flight()[0]
-            self._wait_done(oldest, None)
+            for oldest in self._in_flight()[:1]:
+                self._await_room(oldest)
         return True
+
+    def _await_room(self, oldest: Save) -> None:
+        if not oldest.done.wait(self._fence_timeout_s):
+            raise SaveTimeoutError(
+                f"step {oldest.step} is still not durable after {self._fence_timeout_s:g} s, and "
+                f"{self._max_in_flight} saves in flight are the limit: does the disk hang?"
+            )
 
     # -- fencing
 
@@ -387,12 +403,20 @@ class AsyncCheckpointer:
         if not candidates and not self._root.ever_committed():
             return None
         passed_over: list[str] = []
-        for entry in candidates:
+        tried: set[tuple[int, str]] = set()
+        while candidates:
+            entry = candidates.pop(0)
+            attempt = (entry.step, entry.manifest.attempt if entry.manifest is not None else "")
+            if attempt in tried:
+                continue
+            tried.add(attempt)
             try:
                 return self._load(entry, strict, trusted, tuple(passed_over))
             except (CorruptStepError, StepNotFoundError) as error:
                 _log.warning("step %d is passed over: %s", entry.step, error)
                 passed_over.append(f"step {entry.step}: {error}")
+                if isinstance(error, StepNotFoundError):
+                    candidates = self._root.candidates()  # another run's retention overtook us
         reasons = "\n  ".join(passed_over) or "all were abandoned or removed"
         self._must_load = f"no step under {self._root.path} is good"
         raise NoIntactStepError(f"no step under {self._root.path} is good:\n  {reasons}")
@@ -536,7 +560,7 @@ class AsyncCheckpointer:
     @property
     def plans_made(self) -> int:
         """How often the layout of the files had to be made: once per structure of the state."""
-        return self._planner.plans_made
+        return self._planner.plans_made if self._committer is not None else 0
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -544,7 +568,11 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise OptionError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
+def _is_whole(value: object, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
 def _check_positive(**options: int | None) -> None:
     for name, value in options.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if not (value is None or _is_whole(value, at_least=1)):
             raise OptionError(f"{name} must be a positive whole number, got {value!r}")

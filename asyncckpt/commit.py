@@ -179,6 +179,8 @@ class CheckpointRoot(RootView):
         """
         if step < 0:
             raise StepError(f"step {step} is negative")
+        if self.layout.parse_step(self.layout.step_name(step)) != step:
+            raise StepError(f"step {step} is too large for layout {self.layout.name}")
         with self._lock:
             if step > self._newest:
                 return

@@ -47,6 +47,7 @@ class Committer:
         self._keep = keep
         self._on_failure = on_failure
         self._release_timeout_s = release_timeout_s
+        self._said_buffered = False
         self._in_flight: list[Save] = []  # oldest first; replaced, never changed, so reading needs no lock
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
@@ -104,6 +105,11 @@ class Committer:
             while not snapshot.wait_written(HEARTBEAT_S):
                 self._renew_lease()
             save.note_written(snapshot)
+            if not snapshot.direct and not self._said_buffered:
+                self._said_buffered = True
+                _log.warning(
+                    "%s: no O_DIRECT here; files are written through the page cache", self._root.path
+                )
             while not save.checked.wait(HEARTBEAT_S):
                 self._renew_lease()
             if save.error is not None:

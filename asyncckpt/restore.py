@@ -13,6 +13,7 @@ Guarantees:
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,10 @@ class StepFiles:
 
     def nbytes(self, name: str) -> int:
         """Size of a file in bytes."""
-        size = os.fstat(self._open(name)).st_size
+        status = os.fstat(self._open(name))
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptStepError(self.path(name), "not a regular file")
+        size = status.st_size
         if self.entries is not None and size != self.entries[name].nbytes:
             raise CorruptStepError(self.path(name), f"{self.entries[name].nbytes} bytes expected, got {size}")
         return size
@@ -88,7 +92,7 @@ class StepFiles:
         if name not in self._fds:
             path = self.path(name)
             try:
-                self._fds[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._fds[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and not self.directory.exists():
                     raise StepNotFoundError(f"{self.directory} was deleted while it was read") from None

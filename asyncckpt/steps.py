@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .errors import CorruptStepError, LoadError, RootError, StepNotFoundError
 from .filesystem import Filesystem
-from .formats.manifest import MANIFEST_NAME, Fragment, Manifest
+from .formats.manifest import FRAGMENT_PREFIX, MANIFEST_NAME, Fragment, Manifest
 from .layouts import Layout
 
 ABANDONED_PREFIX = ".abandoned-"
@@ -205,6 +205,8 @@ class RootView:
             return None
         except OSError as problem:
             return StepEntry(step, path, None, True, f"{path} cannot be listed: {problem}")
+        if any(name == MANIFEST_NAME or name.startswith(FRAGMENT_PREFIX) for name in names):
+            return StepEntry(step, path, None, False, f"{path / MANIFEST_NAME} is missing")
         return StepEntry(step, path, None, True, self.layout.foreign_problem(step, names, tracked))
 
     def _abandoned(self) -> list[StepEntry]:

@@ -27,9 +27,11 @@ int copy_from_host(void* target, uint64_t address, size_t nbytes) {
       std::memcpy(to, reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), nbytes);
       return 0;
     }
-    const iovec local{to, nbytes};
-    const iovec remote{reinterpret_cast<void*>(static_cast<uintptr_t>(address)), nbytes};
-    const ssize_t copied = ::process_vm_readv(::getpid(), &local, 1, &remote, 1, 0);
+    // The target plays the remote side: the kernel pins that side page by page, and the arena has
+    // huge pages. The source is then read in place, as write(2) would.
+    const iovec local{reinterpret_cast<void*>(static_cast<uintptr_t>(address)), nbytes};
+    const iovec remote{to, nbytes};
+    const ssize_t copied = ::process_vm_writev(::getpid(), &local, 1, &remote, 1, 0);
     if (copied < 0) {
       if (errno == EINTR) continue;
       if (errno == EPERM || errno == ENOSYS || errno == EACCES || errno == ESRCH) {

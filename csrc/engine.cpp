@@ -452,11 +452,12 @@ int Engine::write(Job& job, Job::Chunk& chunk, std::string* operation, uint64_t*
   {
     std::lock_guard<std::mutex> lock(file.opening);
     if (!file.was_opened) {
-      *operation = "open";
-      const int error_number = file.file.create(file.path, file.image->nbytes, direct_);
-      if (error_number != 0) return error_number;
       file.was_opened = true;
+      const char* what = "";
+      file.open_error = file.file.create(file.path, file.image->nbytes, direct_, &what);
+      *operation = what;
     }
+    if (file.open_error != 0) return file.open_error;  // no second try: the job is failing already
   }
   *operation = "pwrite";
   *offset = chunk.index * arena_.chunk_nbytes();

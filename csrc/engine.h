@@ -102,6 +102,7 @@ class Job {
     File file;
     std::mutex opening;  // the first writer that comes opens the file, the others wait here
     bool was_opened = false;
+    int open_error = 0;
     uint64_t chunks = 0;  // a file of no bytes still has one chunk, of no bytes
     uint64_t claimed = 0;
     uint64_t sealed = 0;

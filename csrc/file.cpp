@@ -15,7 +15,8 @@ int open_file(const std::string& path, int flags, bool* direct, int* fd) {
   for (;;) {
     const faults::Outcome fault = faults::check(faults::Op::open);
     if (fault.error_number) return fault.error_number;
-    *fd = ::open(path.c_str(), flags | O_CLOEXEC | (*direct ? O_DIRECT : 0), 0666);
+    // O_NONBLOCK means nothing to a regular file; a pipe in its place must not hold us up.
+    *fd = ::open(path.c_str(), flags | O_CLOEXEC | O_NONBLOCK | (*direct ? O_DIRECT : 0), 0666);
     if (*fd >= 0) return 0;
     if (errno == EINTR) continue;
     if (errno == EINVAL && *direct) {
@@ -32,10 +33,18 @@ bool aligned(uint64_t value) { return value % kDirectAlignment == 0; }
 
 }  // namespace
 
-int File::create(const std::string& path, uint64_t nbytes, bool direct) {
-  const int error_number = open_file(path, O_WRONLY | O_CREAT | O_EXCL, &direct, &fd_);
-  if (error_number) return error_number;
+int File::create(const std::string& path, uint64_t nbytes, bool direct, const char** operation) {
+  *operation = "open";
+  int error_number = open_file(path, O_WRONLY | O_CREAT | O_EXCL, &direct, &fd_);
+  if (error_number != 0) return error_number;
   direct_ = direct;
+  *operation = "fallocate";
+  error_number = allocate(nbytes);
+  if (error_number != 0) close();
+  return error_number;
+}
+
+int File::allocate(uint64_t nbytes) {
   if (nbytes == 0) return 0;
   // fallocate(2) and not posix_fallocate(3), which emulates by writing. Besides finding a full disk
   // early, it lets direct writes below the end of the file run in parallel.

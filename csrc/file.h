@@ -25,7 +25,8 @@ class File {
 
   // A new file; one that exists is an error (EEXIST). Reserves `nbytes` on disk where the file
   // system can, so that a full disk is found before anything is copied.
-  int create(const std::string& path, uint64_t nbytes, bool direct);
+  // `operation` says what failed. After a failure the file is closed, and may be left behind, empty.
+  int create(const std::string& path, uint64_t nbytes, bool direct, const char** operation);
   int open(const std::string& path, bool direct);
   void close();
 
@@ -44,6 +45,7 @@ class File {
   bool direct() const { return direct_.load(std::memory_order_relaxed); }
 
  private:
+  int allocate(uint64_t nbytes);
   void make_buffered();
 
   int fd_ = -1;

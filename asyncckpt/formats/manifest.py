@@ -30,11 +30,12 @@ from ..errors import CorruptStepError, LoadError, OptionError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "asyncckpt_manifest.json"
+FRAGMENT_PREFIX = "asyncckpt_rank_"
 
 
 def fragment_name(rank: int) -> str:
     """File name of a rank's fragment inside the step directory."""
-    return f"asyncckpt_rank_{rank:05d}.json"
+    return f"{FRAGMENT_PREFIX}{rank:05d}.json"
 
 
 def check_path(path: str) -> str:
@@ -151,6 +152,21 @@ class FragmentRef:
             raise CorruptStepError(where, f"CRC-32 {self.crc:08x} expected, got {got:08x}")
 
 
+def checked_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy of the user's metadata.
+
+    Raises:
+        OptionError: it would not come back from JSON as it is.
+    """
+    try:
+        copy = json.loads(json.dumps(metadata, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise OptionError(f"metadata is not JSON: {problem}") from None
+    if not isinstance(copy, dict) or copy != metadata:
+        raise OptionError("metadata is not JSON: keys must be text, and sequences must be lists")
+    return copy
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A committed step.
@@ -196,12 +212,7 @@ class Manifest:
         Raises:
             OptionError: `metadata` would not come back from JSON as it is.
         """
-        try:
-            unchanged = json.loads(json.dumps(self.metadata, allow_nan=False)) == self.metadata
-        except (TypeError, ValueError, RecursionError) as problem:
-            raise OptionError(f"metadata is not JSON: {problem}") from None
-        if not unchanged:
-            raise OptionError("metadata is not JSON: keys must be text, and sequences must be lists")
+        metadata = checked_metadata(self.metadata)
         fragments = [{"path": ref.path, "nbytes": ref.nbytes, "crc": ref.crc} for ref in self.fragments]
         return _seal(
             {
@@ -212,7 +223,7 @@ class Manifest:
                 "layout": self.layout,
                 "world_size": self.world_size,
                 "parts": list(self.parts),
-                "metadata": self.metadata,
+                "metadata": metadata,
                 "fragments": fragments,
             }
         )
