@@ -1,0 +1,26 @@
+"""ceiling.py under pytest-benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import ceiling
+from benchmarks.results import Options
+
+pytestmark = [pytest.mark.timeout(3600), pytest.mark.filterwarnings("ignore")]  # as in bench_stall.py
+
+
+@pytest.fixture(scope="module")
+def document(options: Options) -> dict[str, Any]:
+    result = ceiling.run(options)
+    options.write("ceiling", result)
+    return result
+
+
+@pytest.mark.parametrize("what", ["raw", "buffered", "ours"])
+def test_write(document: dict[str, Any], replay: Any, benchmark: Any, what: str) -> None:
+    benchmark.group = "ceiling"
+    replay(row["ours_s"] if what == "ours" else row[what]["seconds"] for row in document["rows"])
+    assert {row["contents"] for row in document["rows"]} == {"right"}

@@ -1,0 +1,72 @@
+"""`make bench`: each script runs once; pytest-benchmark shows and stores its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import machine
+from benchmarks.render import render
+from benchmarks.results import RESULTS, Options
+
+Replay = Callable[[Iterable[float]], None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of the scripts."""
+    group = parser.getgroup("asyncckpt")
+    group.addoption("--tiny", action="store_true", help="does it run? The figures mean nothing")
+    group.addoption("--bench-dir", type=Path, help="scratch, on the disk to measure")
+    group.addoption("--bench-out", type=Path, help="directory for the JSON")
+    group.addoption("--bench-rounds", type=int, help="how often everything is measured")
+
+
+class _Clock:
+    """A clock that shows what was measured, not what passes."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+_CLOCK = _Clock()
+
+
+@pytest.fixture(scope="session")
+def options(pytestconfig: pytest.Config) -> Iterable[Options]:
+    """What to measure and where; renders the page when all is measured."""
+    made = Options.make(
+        directory=pytestconfig.getoption("--bench-dir"),
+        out=pytestconfig.getoption("--bench-out"),
+        tiny=pytestconfig.getoption("--tiny"),
+        rounds=pytestconfig.getoption("--bench-rounds"),
+    )
+    yield made
+    page = machine.ROOT / "docs" / "benchmarks.md" if made.out == RESULTS else made.out / "benchmarks.md"
+    render(made.out, page)
+
+
+@pytest.fixture
+def replay(benchmark: BenchmarkFixture) -> Replay:
+    """Hands samples to pytest-benchmark that it could not have timed itself.
+
+    What a save costs is no call that could be timed from its start to its end, and savers take turns.
+    So the scripts measure, and here a clock repeats it.
+    """
+    benchmark._timer = _CLOCK  # noqa: SLF001 -- `timer=` of the marker would show its repr in the table
+
+    def run(samples: Iterable[float]) -> None:
+        kept = list(samples)
+        remaining = iter(kept)
+
+        def advance() -> None:
+            _CLOCK.now_s += next(remaining)
+
+        benchmark.pedantic(advance, rounds=len(kept))  # type: ignore[no-untyped-call]
+
+    return run

@@ -1,0 +1,81 @@
+"""What a result was measured on; nothing that names a host, a user or a path."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+_IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+
+
+def describe(directory: Path) -> dict[str, object]:
+    """The machine, the filesystem of `directory`, and the versions of what runs."""
+    commit, clean = _commit()
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "filesystem": filesystem_of(directory),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "commit_is_clean": clean,
+        "when": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def filesystem_of(path: Path) -> str:
+    """The type of the filesystem that holds `path`, as in proc(5), mountinfo."""
+    target = path.resolve()
+    found = (0, "unknown")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        mounted_on = Path(fields.split()[4].encode().decode("unicode_escape"))  # blanks are written \040
+        if target.is_relative_to(mounted_on):
+            found = max(found, (len(mounted_on.parts), rest.split()[0]), key=lambda one: one[0])
+    return found[1]
+
+
+def refuse_memory(directory: Path) -> None:
+    """Exit if `directory` is no disk: nothing measured there would mean anything."""
+    kind = filesystem_of(directory)
+    if kind in _IN_MEMORY:
+        raise SystemExit(f"{directory} is on {kind}, which is memory: give --dir on a disk")
+
+
+def require_room(directory: Path, needed_bytes: int) -> None:
+    """Exit now rather than with a full disk in the middle."""
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise SystemExit(
+            f"{directory} has {free >> 20} MiB free, {needed_bytes >> 20} MiB are needed: give --dir"
+        )
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.machine()
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "--short=12", "HEAD"), None if changes is None else not changes

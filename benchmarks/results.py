@@ -1,0 +1,98 @@
+"""One JSON document per benchmark, and the command line that every script has."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import machine
+
+RESULTS = machine.ROOT / "benchmarks" / "results"
+_TINY_RESULTS = machine.ROOT / "build" / "benchmarks-tiny"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a script was asked to do.
+
+    Attributes:
+        directory: files are written in a fresh directory in here, and deleted.
+        out: where the JSON goes.
+        tiny: seconds instead of minutes, and figures that mean nothing: does it run?
+        rounds: how often everything is measured.
+    """
+
+    directory: Path
+    out: Path
+    tiny: bool
+    rounds: int
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        directory: Path | None = None,
+        out: Path | None = None,
+        tiny: bool = False,
+        rounds: int | None = None,
+    ) -> Options:
+        """With defaults for what is None. A tiny run never overwrites the results of a full one."""
+        return cls(
+            directory or machine.ROOT.parent,
+            out or (_TINY_RESULTS if tiny else RESULTS),
+            tiny,
+            rounds or (2 if tiny else 10),
+        )
+
+    @classmethod
+    def parse(cls, description: str, arguments: Sequence[str] | None) -> Options:
+        """From a command line."""
+        parser = argparse.ArgumentParser(description=description)
+        parser.add_argument("--dir", type=Path, help="scratch, on the disk to measure (beside the checkout)")
+        parser.add_argument("--out", type=Path, help="directory for the JSON (benchmarks/results)")
+        parser.add_argument("--tiny", action="store_true", help="does it run? The figures mean nothing")
+        parser.add_argument("--rounds", type=int, help="how often everything is measured")
+        given = parser.parse_args(arguments)
+        return cls.make(directory=given.dir, out=given.out, tiny=given.tiny, rounds=given.rounds)
+
+    @contextlib.contextmanager
+    def scratch(self, needed_bytes: int) -> Iterator[Path]:
+        """A new directory, gone afterwards. Exits if it would be in memory or too small."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.tiny:
+            machine.refuse_memory(self.directory)
+        machine.require_room(self.directory, needed_bytes)
+        path = Path(tempfile.mkdtemp(prefix="asyncckpt-benchmark-", dir=self.directory))
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def write(self, name: str, document: dict[str, Any]) -> Path:
+        """Keep a result."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / f"{name}.json"
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        return path
+
+
+def summary(values: Iterable[float]) -> dict[str, float]:
+    """Median and spread."""
+    ordered = sorted(values)
+    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    return {
+        "median": quartiles[1],
+        "first_quartile": quartiles[0],
+        "third_quartile": quartiles[2],
+        "min": ordered[0],
+        "max": ordered[-1],
+        "count": len(ordered),
+    }

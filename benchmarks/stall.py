@@ -1,0 +1,198 @@
+"""What training loses to a save: blocked, slowed down, and how long until the save is durable.
+
+Each measurement: quiet steps; save(); steps until the save is durable; the files are read with stock
+tools and compared with the state at the call, although training changed every tensor meanwhile; deleted.
+A raw write of the same size stands next to each, before and after in turn.
+
+    blocked     inside save(), and what the optimizer's hooks made it wait afterwards; both timed from
+                outside, whatever the saver reports
+    slowdown    steps that began before the save was durable, against the quiet steps just before; the
+                waits in hooks are in `blocked`, not here
+    lost        everything: from the call to the end of the last of those steps, less the same number of
+                quiet steps
+
+    python -m benchmarks.stall [--tiny] [--dir DISK] [--out DIRECTORY]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from . import machine
+from .ceiling import RAW_THREADS, RawDisk, settle
+from .results import Options, summary
+from .savers import PEERS, Asyncckpt, Saver, peers
+from .workload import FULL, TINY, Workload
+
+BLOCKED_TARGET_S = 0.020
+DURABLE_TARGET_RATIO = 1.5
+OURS = ("asyncckpt", "asyncckpt, small arena")
+SAVERS = (*OURS, *PEERS)
+_SMALL_PART = 4  # the second checkpointer gets a quarter of the state: 256 MiB for 1 GiB
+_QUIET_STEPS = 3
+
+
+def measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
+    """One save under training. Leaves no files."""
+    settle()
+    quiet = [workload.step().total_s for _ in range(_QUIET_STEPS)]
+    workload.remember()
+    workload.all_threads()
+    began_s = time.perf_counter()
+    pending = saver.save(step)
+    call_s = time.perf_counter() - began_s
+    workload.one_thread()
+    flying = [workload.step()]
+    while not pending.done():
+        flying.append(workload.step())
+    elapsed_s = time.perf_counter() - began_s
+    report = pending.wait()
+    quiet_s = median(quiet)
+    fence_s = sum(one.fence_s for one in flying)
+    flying_s = sum(one.total_s for one in flying)
+    row: dict[str, Any] = {
+        "saver": saver.name,
+        "call_s": call_s,
+        "fence_s": fence_s,
+        "blocked_s": call_s + fence_s,
+        "durable_s": pending.durable_at_s - began_s,
+        "quiet_step_s": quiet,
+        "steps_in_flight_s": [one.total_s for one in flying],
+        "slowdown": (flying_s - fence_s) / len(flying) / quiet_s - 1,
+        "lost_s": elapsed_s - len(flying) * quiet_s,
+    }
+    if report is not None:
+        row |= {
+            "reported_blocked_s": report.blocked_s,
+            "phases": report.phases,
+            "starved_s": report.starved_s,
+            "replanned": report.replanned,
+            "direct": report.direct,
+        }
+    row["contents"] = workload.judge(saver.load(step))
+    saver.delete(step)
+    return row
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure and return the document."""
+    warnings.filterwarnings("ignore", module="torch")  # of its own insides, and of being a single process
+    workload = Workload(TINY if options.tiny else FULL)
+    try:
+        with options.scratch(6 * workload.nbytes) as scratch:
+            return _run(options, workload, scratch)
+    finally:
+        workload.close()
+
+
+def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
+    facts = machine.describe(scratch)
+    disk = RawDisk(scratch)
+    whole = Asyncckpt(OURS[0], workload, scratch / "whole", workload.nbytes + (64 << 20))
+    part = Asyncckpt(OURS[1], workload, scratch / "part", workload.nbytes // _SMALL_PART)
+    others, cannot = peers(workload, scratch)
+    savers: list[Saver] = [whole, part, *others]
+    rows: list[dict[str, Any]] = []
+    try:
+        for number in range(options.rounds + 1):  # the first warms up
+            for saver in savers:
+                raw = None
+                if number % 2:
+                    settle()
+                    raw = disk.direct(workload.nbytes)
+                row = measure(workload, saver, number + 1)
+                if raw is None:
+                    settle()
+                    raw = disk.direct(workload.nbytes)
+                row = {"round": number, **row, "raw": asdict(raw), "ratio": row["durable_s"] / raw.seconds}
+                print(
+                    f"stall {number}/{options.rounds} {saver.name}: blocked {row['blocked_s'] * 1e3:.1f} ms, "
+                    f"slowdown {row['slowdown']:.1%}, "
+                    f"durable {row['durable_s']:.3f} s = {row['ratio']:.2f} raw, contents {row['contents']}",
+                    file=sys.stderr,
+                )
+                if number:
+                    rows.append(row)
+    finally:
+        for saver in savers:
+            saver.close()
+    summaries = {
+        saver.name: _summarise([row for row in rows if row["saver"] == saver.name]) for saver in savers
+    }
+    return {
+        "benchmark": "stall",
+        "tiny": options.tiny,
+        "machine": facts,
+        "config": {
+            "nbytes": workload.nbytes,
+            "tensors": workload.tensor_count,
+            "weights": [workload.size.weights, workload.size.rows, workload.size.columns],
+            "compute_s": workload.size.compute_s,
+            "step_s": mean(one for row in rows for one in row["quiet_step_s"]),
+            "raw_threads": RAW_THREADS,
+            "rounds": options.rounds,
+            "notes": {saver.name: saver.note for saver in savers},
+        },
+        "targets": _targets(summaries[whole.name], whole.note),
+        "cannot_run": cannot,
+        "summary": summaries,
+        "rows": rows,
+    }
+
+
+def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = [
+        "blocked_s",
+        "call_s",
+        "fence_s",
+        "reported_blocked_s",
+        "durable_s",
+        "slowdown",
+        "lost_s",
+        "ratio",
+    ]
+    result: dict[str, Any] = {key: summary(row[key] for row in rows) for key in keys if key in rows[0]}
+    result["raw_s"] = summary(row["raw"]["seconds"] for row in rows)
+    result["contents_right"] = sum(row["contents"] == "right" for row in rows)
+    result["contents_wrong"] = sorted({row["contents"] for row in rows} - {"right"})
+    if "phases" in rows[0]:
+        names = [name for name in rows[0]["phases"] if all(name in row["phases"] for row in rows)]
+        result["phases"] = {name: summary(row["phases"][name] for row in rows) for name in names}
+        result["replanned"] = sum(row["replanned"] for row in rows)
+        result["direct"] = all(row["direct"] for row in rows)
+    return result
+
+
+def _targets(ours: dict[str, Any], note: str) -> list[dict[str, Any]]:
+    limits = [
+        ("blocked per save, warm", "s", BLOCKED_TARGET_S, "blocked_s"),
+        ("durable beside the paired raw write", "x", DURABLE_TARGET_RATIO, "ratio"),
+    ]
+    return [
+        {
+            "what": what,
+            "where": note,
+            "unit": unit,
+            "limit": limit,
+            "measured": ours[key],
+            "met": ours[key]["median"] <= limit,
+        }
+        for what, unit, limit, key in limits
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write stall.json."""
+    options = Options.parse(__doc__.splitlines()[0], arguments)
+    print(options.write("stall", run(options)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The benchmarks run, check what they wrote, and their page is made of their results."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(module: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All of it, as `make bench` runs it, tiny."""
+    directory = tmp_path_factory.mktemp("bench")
+    out = directory / "results"
+    run(
+        "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", "--benchmark-only",
+        "--tiny", f"--bench-dir={directory / 'scratch'}", f"--bench-out={out}",
+    )  # fmt: skip
+    assert not list((directory / "scratch").iterdir()), "scratch was left behind"
+    return out
+
+
+def test_stall_verifies_every_save_of_ours_and_of_the_peers(results: Path) -> None:
+    document = json.loads((results / "stall.json").read_text())
+    assert document["tiny"]
+    rounds, rows = document["config"]["rounds"], document["rows"]
+    assert len(rows) == rounds * len(document["summary"])
+    for name in ("asyncckpt", "asyncckpt, small arena", "torch.save"):
+        ours = [row for row in rows if row["saver"] == name]
+        assert [row["contents"] for row in ours] == ["right"] * rounds
+    for row in rows:
+        assert row["raw"]["nbytes"] >= document["config"]["nbytes"]
+        assert row["blocked_s"] == row["call_s"] + row["fence_s"]
+        assert 0 < row["call_s"] < row["durable_s"] + 1e-3
+    assert len(document["summary"]) + len(document["cannot_run"]) == 6
+
+
+def test_what_is_reported_as_blocked_is_what_was_measured_from_outside(results: Path) -> None:
+    document = json.loads((results / "stall.json").read_text())
+    for row in document["rows"]:
+        if "reported_blocked_s" in row:
+            assert row["reported_blocked_s"] <= row["blocked_s"]
+
+
+def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
+    run("benchmarks.render", "--results", str(results), "--out", str(tmp_path / "page.md"))
+    page = (tmp_path / "page.md").read_text()
+    assert page == (results / "benchmarks.md").read_text()
+    stall = json.loads((results / "stall.json").read_text())
+    for name in (*stall["summary"], *stall["cannot_run"]):
+        assert name in page
+    for target in stall["targets"]:
+        assert target["what"] in page
+    assert "figures mean nothing" in page
+    assert str(ROOT) not in page
+
+
+def test_wrong_contents_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.workload import TINY, Workload
+
+    workload = Workload(TINY)
+    try:
+        workload.remember()
+        kept = {name: tensor.clone() for name, tensor in workload.tensors()}
+        assert workload.judge(kept) == "right"
+        workload.step()
+        live = dict(workload.tensors())
+        assert workload.judge(live) == f"wrong values in {len(live)} tensors, {next(iter(live))} first"
+        kept.pop(next(iter(kept)))
+        assert workload.judge(kept).startswith("wrong names")
+    finally:
+        workload.close()
+
+
+def test_a_full_run_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import machine
+
+    memory = Path("/dev/shm")  # noqa: S108 -- its filesystem is the point
+    if not memory.is_dir() or machine.filesystem_of(memory) != "tmpfs":
+        pytest.skip("no tmpfs at /dev/shm")
+    with pytest.raises(SystemExit, match="is on tmpfs, which is memory"):
+        machine.refuse_memory(memory)
