@@ -66,7 +66,7 @@ class Recipe:
     """The flags of this build, read from the environment once."""
 
     def __init__(self) -> None:
-        import nanobind  # noqa: PLC0415  # metadata can be asked for before it is installed
+        import nanobind  # metadata can be asked for before it is installed
 
         self.compiler = find_compiler()
         package = Path(nanobind.include_dir()).parent  # nanobind 2.4 and older have no source_dir()

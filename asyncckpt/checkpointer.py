@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from . import memory, restore
+from .capture import capture, capture_hidden
 from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
 from .committer import HEARTBEAT_S, Committer
 from .errors import (
@@ -44,9 +45,10 @@ from .inflight import PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
 from .lease import RootLease
 from .plan import planner_for
-from .snapshot import Stager, capture
-from .state import Matching, TrainingState
+from .snapshot import Stager
+from .state import TrainingState
 from .steps import StepEntry
+from .tree import Matching
 
 _log = logging.getLogger(__name__)
 
@@ -167,6 +169,7 @@ class AsyncCheckpointer:
         self._incarnation = new_incarnation()
         self._saves_begun = 0
         self._failed: list[Save] = []  # not heard of yet
+        self._failed_lock = threading.Lock()
         self._lock = threading.RLock()  # optimizers may step on autograd's threads
 
         self._lease: RootLease | None = None
@@ -190,7 +193,6 @@ class AsyncCheckpointer:
             self._fence = StepFence(
                 fence=self.fence,
                 needed=lambda: bool(self._in_flight()),
-                forward_changes=lambda: any(save.forward_changes for save in self._in_flight()),
                 parameters=self._state.parameters,
                 model=model,
             )
@@ -244,11 +246,15 @@ class AsyncCheckpointer:
     def _begin(self, save: Save, committer: Committer) -> None:
         model = self._state.model
         tree = self._state.capture(save.step)
-        captured = capture(tree, model.buffers() if model else set(), self._stager.reserve_nbytes)
+        in_use_nbytes = sum(other.report.captured_nbytes for other in self._in_flight())
+        reserve_nbytes = self._stager.reserve_nbytes - in_use_nbytes
+        captured = capture(tree, model.buffers() if model else set(), reserve_nbytes)
         save.mark("captured")
         planned = self._planner.plan(captured.tree)
+        captured, planned = capture_hidden(captured, planned, reserve_nbytes)
         save.mark("planned")
-        save.forward_changes = captured.forward_changes
+        if captured.forward_changes:
+            self._fence.before_forward()
         save.report.nbytes = planned.plan.nbytes
         save.report.captured_nbytes = captured.nbytes
         save.report.replanned = planned.replanned
@@ -311,6 +317,7 @@ class AsyncCheckpointer:
         with self._lock:
             for save in self._in_flight():
                 save.fence(self._fence_timeout_s)
+            self._fence.passed()
 
     def _decide_released(self) -> None:
         """Check saves that were copied without a fence: this is the first time we can."""
@@ -360,11 +367,13 @@ class AsyncCheckpointer:
             save.heard = True
             _log.warning("step %d was not saved, the next save tries again: %s", save.step, save.error)
         else:
-            self._failed.append(save)
+            with self._failed_lock:
+                self._failed.append(save)
 
     def _raise_failures(self) -> None:
-        failed = [save for save in self._failed if not save.heard]
-        self._failed.clear()
+        with self._failed_lock:
+            failed = [save for save in self._failed if not save.heard]
+            self._failed.clear()
         if not failed:
             return
         for save in failed:
@@ -389,7 +398,7 @@ class AsyncCheckpointer:
         live state may be half overwritten, and save() refuses until a load succeeds.
 
         Args:
-            strict: missing and unexpected leaves are errors.
+            strict: missing and unexpected leaves are errors (whole sections only in steps that we wrote).
             trusted: let files import classes; only for files whose writers you trust.
 
         Raises:
@@ -486,16 +495,21 @@ class AsyncCheckpointer:
                 raise damage from error
             raise
         lines = list(matching.differences)
+        missing, unexpected = list(matching.missing), list(matching.unexpected)
+        if strict and files.entries is not None:  # other tools have sections of their own
+            missing += matching.missing_sections
+            unexpected += matching.unexpected_sections
         if strict:
-            lines += [f"{name}: not in the checkpoint" for name in matching.missing]
-            lines += [f"{name}: only in the checkpoint" for name in matching.unexpected]
+            lines += [f"{name}: not in the checkpoint" for name in missing]
+            lines += [f"{name}: only in the checkpoint" for name in unexpected]
         if lines:
             damage = restore.find_damage(files)
             if damage is not None:
                 raise damage
             raise MismatchError(str(files.directory), lines)
-        for name in (*matching.missing, *matching.unexpected):
-            _log.warning("%s: on one side only; strict=False leaves it as it is", name)
+        sections = (*matching.missing_sections, *matching.unexpected_sections)
+        for name in (*matching.missing, *matching.unexpected, *sections):
+            _log.warning("%s: only in the live state or only in the checkpoint: left as it is", name)
         return matching
 
     # -- the end

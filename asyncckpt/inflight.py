@@ -11,6 +11,8 @@ from .errors import CheckpointError, SaveTimeoutError, TornStateError
 from .report import SaveReport
 from .snapshot import Snapshot
 
+_ABORT_S = 10.0  # a job that was given up lets go as soon as the copies under way return
+
 PhaseObserver = Callable[[int, str], None]  # (step, phase that was reached)
 
 
@@ -27,7 +29,6 @@ class Save:
         self.report = SaveReport(step)
         self.snapshot: Snapshot | None = None
         self.attempt: Attempt | None = None
-        self.forward_changes = False
         self.metadata: dict[str, object] = {}
         self.checked = threading.Event()
         self.done = threading.Event()
@@ -97,7 +98,7 @@ class Save:
                     f"raise fence_timeout_s or host_memory"
                 )
             )
-            snapshot.wait_released(timeout_s)
+            snapshot.wait_released(_ABORT_S)
         self.report.blocked_s += time.perf_counter() - began_s
         self.checked.set()
 

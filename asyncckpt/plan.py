@@ -10,7 +10,7 @@ Pure: no I/O, no threads, no tensor bytes. A planner belongs to one thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from .formats.refs import span_elements
 from .layouts.dcp import METADATA_PATH, data_path
 from .layouts.megatron import model_path
 from .layouts.megatron_tree import to_megatron
-from .state import Leaf, flatten, tensors_in
+from .tree import Leaf, flatten, tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,8 @@ class Planned:
 
     Attributes:
         addresses, sizes: uint64, of every source.
+        storages: (source, storage) of what was met while pickling.
+        tensors: (name, tensor) of the same.
         held: what keeps that memory alive; to be kept until the save has been released.
         replanned: whether the plan was made for this save.
     """
@@ -67,6 +69,8 @@ class Planned:
     plan: WritePlan
     addresses: np.ndarray[Any, np.dtype[np.uint64]]
     sizes: np.ndarray[Any, np.dtype[np.uint64]]
+    storages: tuple[tuple[int, torch.UntypedStorage], ...]
+    tensors: tuple[tuple[str, torch.Tensor], ...]
     held: tuple[Any, ...]
     replanned: bool
 
@@ -119,20 +123,30 @@ def _slot_nbytes(pickle_nbytes: int) -> int:
 
 def _planned(
     plan: WritePlan,
-    pickles: list[Pickled],
-    memory: Iterator[tuple[int, int]],
-    held: tuple[Any, ...],
+    named: list[tuple[str, Pickled]],
+    tensors: list[torch.Tensor],
     replanned: bool,
 ) -> Planned:
+    """Sources in the order of every plan: pickles, tensors, then the storages met while pickling."""
     padded = [
-        np.frombuffer(p.data.ljust(slot, b"\0"), np.uint8)
-        for p, slot in zip(pickles, plan.slots, strict=True)
+        np.frombuffer(pickled.data.ljust(slot, b"\0"), np.uint8)
+        for (_, pickled), slot in zip(named, plan.slots, strict=True)
     ]
     table = [(array.ctypes.data, array.nbytes) for array in padded]
-    table.extend(memory)
+    table += [(tensor.data_ptr(), span_nbytes(tensor)) for tensor in tensors]
+    storages = [storage for _, pickled in named for storage in pickled.storages]
+    numbered = tuple(enumerate(storages, start=len(table)))
+    table += [(storage.data_ptr(), storage.nbytes()) for storage in storages]
     both = np.array(table, dtype=np.uint64).reshape(-1, 2)
-    addresses, sizes = np.ascontiguousarray(both[:, 0]), np.ascontiguousarray(both[:, 1])
-    return Planned(plan, addresses, sizes, (padded, pickles, held), replanned)
+    return Planned(
+        plan,
+        np.ascontiguousarray(both[:, 0]),
+        np.ascontiguousarray(both[:, 1]),
+        numbered,
+        tuple((name, tensor) for name, pickled in named for tensor in pickled.tensors),
+        (padded, [pickled for _, pickled in named], tensors),
+        replanned,
+    )
 
 
 class DcpPlanner(_Cache):
@@ -154,6 +168,7 @@ class DcpPlanner(_Cache):
                 _check_storable(leaf)
                 tensors.append((leaf, leaf.value))
             else:
+                _refuse_unreachable(leaf)
                 others.append(leaf)
         pickles = [pickle_tree(leaf.value, where=leaf.name) for leaf in others]
 
@@ -174,20 +189,14 @@ class DcpPlanner(_Cache):
             ),
         )
         served = self._serve(signature, pickles)
-        plan = served or self._keep(self._lay_out(signature, tensors, forms, others, pickles))
-
-        def memory() -> Iterator[tuple[int, int]]:
-            for tensor in unique:
-                yield tensor.data_ptr(), span_nbytes(tensor)
-            for pickled in pickles:
-                for storage in pickled.storages:
-                    yield storage.data_ptr(), storage.nbytes()
-
-        return _planned(plan, pickles, memory(), (unique,), served is None)
+        plan = served or self._keep(self._lay_out(signature, leaves, tensors, forms, others, pickles))
+        named = [(leaf.name, pickled) for leaf, pickled in zip(others, pickles, strict=True)]
+        return _planned(plan, named, unique, served is None)
 
     @staticmethod
     def _lay_out(
         signature: object,
+        leaves: list[Leaf],
         tensors: list[tuple[Leaf, torch.Tensor]],
         forms: list[tuple[Any, ...]],
         others: list[Leaf],
@@ -211,37 +220,40 @@ class DcpPlanner(_Cache):
                 names.append(f"{leaf.name} (storage {position})")
             span = distcp.lay_out_bytes(builder, index, slots[index], storages)
             entries.append(distcp.Entry(leaf.name, builder.path, span))
-        paths = {leaf.name: leaf.path for leaf in (*(leaf for leaf, _ in tensors), *others)}
+        paths = {leaf.name: leaf.path for leaf in leaves}
+        place = {name: index for index, name in enumerate(paths)}  # loading finds the tree's own order
         metadata = ImageBuilder(METADATA_PATH)
-        metadata.literal(distcp.metadata_bytes(entries, paths))
+        metadata.literal(distcp.metadata_bytes(sorted(entries, key=lambda entry: place[entry.fqn]), paths))
         return WritePlan((builder.build(), metadata.build()), tuple(slots), tuple(names), signature)
 
 
 def _check_storable(leaf: Leaf) -> None:
-    """Whether the leaf's memory is its value, and whether we can reach it."""
-    tensor: torch.Tensor = leaf.value
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        raise LeafError(
-            f"{leaf.name}: tensors of type {type(tensor).__name__} cannot be saved in this layout"
-        )
-    if tensor.device.type != "cpu":
-        raise LeafError(f"{leaf.name}: tensors on device {tensor.device} cannot be saved")
+    """Whether the leaf's memory is its value."""
+    if type(leaf.value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        kind = type(leaf.value).__name__
+        raise LeafError(f"{leaf.name}: tensors of type {kind} cannot be saved in this layout")
+    _refuse_unreachable(leaf)
+
+
+def _refuse_unreachable(leaf: Leaf) -> None:
+    for tensor in tensors_in(leaf.value):
+        if tensor.layout != torch.strided:
+            raise LeafError(f"{leaf.name}: sparse tensors ({tensor.layout}) cannot be saved; densify it")
+        if tensor.device.type != "cpu":
+            raise LeafError(f"{leaf.name}: only CPU tensors can be saved, this one is on {tensor.device}")
 
 
 class MegatronPlanner(_Cache):
     """`mp_rank_00/model_optim_rng.pt`: the whole tree in one torch.save zip."""
 
     def plan(self, tree: Mapping[str, Any]) -> Planned:
-        for tensor_leaf in flatten(tree):
-            for tensor in tensors_in(tensor_leaf.value):
-                if tensor.device.type != "cpu":
-                    raise LeafError(f"{tensor_leaf.name}: tensors on device {tensor.device} cannot be saved")
+        for leaf in flatten(tree):
+            _refuse_unreachable(leaf)
         pickled = pickle_tree(to_megatron(tree), where="state")
         signature = tuple(storage.nbytes() for storage in pickled.storages)
         served = self._serve(signature, [pickled])
         plan = served or self._keep(self._lay_out(signature, tree, pickled))
-        memory = ((storage.data_ptr(), storage.nbytes()) for storage in pickled.storages)
-        return _planned(plan, [pickled], memory, (), served is None)
+        return _planned(plan, [("state", pickled)], [], served is None)
 
     @staticmethod
     def _lay_out(signature: tuple[int, ...], tree: Mapping[str, Any], pickled: Pickled) -> WritePlan:

@@ -26,12 +26,12 @@ from . import _native
 from .errors import CorruptStepError, LoadError, StepNotFoundError, UntrustedError
 from .formats import distcp, torch_zip
 from .formats.manifest import FileEntry, check_path
-from .formats.pickles import Inert, SparseRef, TensorRef, find_inert
+from .formats.pickles import SparseRef, TensorRef, find_inert
 from .formats.refs import span_elements
 from .layouts.dcp import METADATA_PATH
 from .layouts.megatron import model_path
 from .layouts.megatron_tree import from_megatron
-from .state import StoredPart, StoredTensor, unflatten
+from .tree import StoredPart, StoredTensor, rebuilt, unflatten
 
 _THREADS = 4
 _BLOCK_NBYTES = 4 << 20  # of reads from files without a manifest
@@ -211,24 +211,13 @@ def _read_megatron(files: StepFiles, trusted: bool) -> dict[str, Any]:
 
 def _stored(value: Any, file: str) -> Any:
     """`value` with a StoredTensor in place of every reference to one."""
-    if isinstance(value, TensorRef):
-        return StoredTensor(value.dtype, value.shape, (_part(value, file, (0,) * len(value.shape)),))
-    if isinstance(value, SparseRef):
-        raise LoadError(f"{file} holds a sparse tensor; load it with torch.load")
-    if isinstance(value, Mapping) and not isinstance(value, Inert):
-        pairs = [(key, _stored(child, file)) for key, child in value.items()]
-        if type(value) is dict:
-            return dict(pairs)
-        copy = value.copy()  # type: ignore[attr-defined]
-        for key, child in pairs:
-            copy[key] = child
-        return copy
-    if type(value) is list:
-        return [_stored(child, file) for child in value]
-    if isinstance(value, tuple) and not isinstance(value, torch.Size):
-        children = [_stored(child, file) for child in value]
-        return type(value)(*children) if hasattr(value, "_fields") else tuple(children)
-    return value
+
+    def convert(ref: Any) -> StoredTensor:
+        if isinstance(ref, SparseRef):
+            raise LoadError(f"{file} holds a sparse tensor; load it with torch.load")
+        return StoredTensor(ref.dtype, ref.shape, (_part(ref, file, (0,) * len(ref.shape)),))
+
+    return rebuilt(value, (TensorRef, SparseRef), convert)
 
 
 def _part(ref: TensorRef, file: str, offsets: tuple[int, ...]) -> StoredPart:

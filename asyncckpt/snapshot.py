@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,91 +20,12 @@ from . import _native
 from .errors import SaveError, TornStateError, WriteError
 from .formats.image import NO_RECORD
 from .formats.manifest import FileEntry
-from .plan import Planned, WritePlan, span_nbytes
-from .state import flatten, tensors_in
+from .plan import Planned, WritePlan
 
 _CHUNK_NBYTES = 4 << 20  # also the block of a CRC in the manifest; fewer would slow the disk down
 _CHUNK_NBYTES_MIN = 4096
 _CHUNKS_MIN = 8  # below this, copying and writing cannot overlap: chunks get smaller instead
 _RESERVE_NBYTES_MAX = 16 << 20  # for what save() copies itself
-
-# ---------------------------------------------------------------------------- captured
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A tree in which everything that training may change before the next fence is a copy.
-
-    Attributes:
-        tree: as it was, with copies in place of volatile tensors.
-        live: names and tensors that are still the live ones; the guard watches them.
-        nbytes: copied.
-        forward_changes: some buffer was too large to copy; the next forward must wait.
-    """
-
-    tree: dict[str, Any]
-    live: list[tuple[str, torch.Tensor]]
-    nbytes: int
-    forward_changes: bool
-
-
-def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> Captured:
-    """Copy what cannot wait for the step fence.
-
-    Volatile are a model's buffers (`buffers` holds their addresses; forward changes them) and every
-    tensor outside model and optimizer (a sampler may advance at any time). At most `reserve_nbytes` are
-    copied; what is left over stays live.
-    """
-    copied: dict[tuple[Any, ...], torch.Tensor] = {}
-    nbytes = 0
-    forward_changes = False
-
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal nbytes, forward_changes
-        if tensor.layout != torch.strided:
-            return tensor
-        key = (tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride())
-        if key not in copied:
-            size = span_nbytes(tensor)
-            if nbytes + size > reserve_nbytes:
-                forward_changes = forward_changes or tensor.data_ptr() in buffers
-                return tensor
-            nbytes += size
-            copied[key] = tensor.detach().clone()
-        return copied[key]
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return copy(value)
-        if type(value) is dict:
-            return {key: visit(child) for key, child in value.items()}
-        if type(value) is list:
-            return [visit(child) for child in value]
-        if type(value) is tuple:
-            return tuple(visit(child) for child in value)
-        return value
-
-    result = dict(tree)
-    for name, branch in tree.items():
-        if name == "model":
-            if buffers:
-                result[name] = {
-                    key: copy(value)
-                    if isinstance(value, torch.Tensor) and value.data_ptr() in buffers
-                    else value
-                    for key, value in branch.items()
-                }
-        elif name != "optimizer":
-            result[name] = visit(branch)
-    copies = {id(tensor) for tensor in copied.values()}
-    live = [
-        (leaf.name, tensor)
-        for leaf in flatten(result)
-        for tensor in tensors_in(leaf.value)
-        if id(tensor) not in copies
-    ]
-    return Captured(result, live, nbytes, forward_changes)
-
 
 # ---------------------------------------------------------------------------- guard
 

@@ -22,16 +22,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from .errors import LeafError, OptionError
-
-Path = tuple[str | int, ...]
+from .errors import OptionError
+from .tree import Matching, StoredTensor, describe, flatten
 
 
 @runtime_checkable
@@ -41,182 +38,6 @@ class Stateful(Protocol):
     def state_dict(self) -> Any: ...
 
     def load_state_dict(self, state_dict: Any) -> Any: ...
-
-
-class Leaf(NamedTuple):
-    """A value of the tree that is saved as one: a tensor, or python that is pickled."""
-
-    name: str  # the path, joined with "."
-    path: Path
-    value: Any
-
-
-def flatten(tree: Mapping[str, Any]) -> list[Leaf]:
-    """The leaves of a tree, in its order.
-
-    Branches are mappings with string keys, and lists that hold a tensor or a branch; all else is a leaf.
-    The rule is stock DCP's (torch/distributed/checkpoint/_traverse.py), but nothing is lost here: an
-    empty mapping is a leaf, and so is a mapping whose keys are not all strings.
-
-    Raises:
-        LeafError: two leaves have the same name.
-    """
-    leaves: list[Leaf] = []
-    names: dict[str, Path] = {}
-
-    def visit(path: Path, value: Any) -> None:
-        if _is_branch(value):
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            for key, child in items:
-                visit((*path, key), child)
-            return
-        name = ".".join(map(str, path))
-        if name in names:
-            raise LeafError(f"two leaves are called {name!r}: {names[name]} and {path}; rename one key")
-        names[name] = path
-        leaves.append(Leaf(name, path, value))
-
-    for key, child in tree.items():
-        visit((key,), child)
-    return leaves
-
-
-def _is_branch(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return bool(value) and all(type(key) is str for key in value)
-    if type(value) is list:
-        return any(isinstance(item, torch.Tensor) or _is_branch(item) for item in value)
-    return False
-
-
-def unflatten(leaves: Iterator[tuple[Path, Any]]) -> dict[str, Any]:
-    """The tree that `flatten` would have taken apart into these leaves; integer keys make lists."""
-    root: dict[Any, Any] = {}
-    lists: list[tuple[dict[Any, Any], Any]] = []  # (parent, key) of every list, parents first
-
-    for path, value in leaves:
-        node = root
-        for key, following in pairwise(path):
-            if key not in node:
-                node[key] = {}
-                if type(following) is int:
-                    lists.append((node, key))
-            node = node[key]
-        node[path[-1]] = value
-    for parent, key in reversed(lists):  # innermost first, so that a list's items are final
-        children = parent[key]
-        parent[key] = [children[index] for index in sorted(children)]
-    return root
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested mappings, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for child in value.values():
-            yield from tensors_in(child)
-    elif isinstance(value, list | tuple):
-        for child in value:
-            yield from tensors_in(child)
-
-
-# ---------------------------------------------------------------------------- loading's vocabulary
-
-
-class StoredPart(NamedTuple):
-    """One stored block of a tensor.
-
-    Attributes:
-        file: relative to the step directory.
-        data_offset: of the block's first element, in the file.
-        nbytes: from there to the end of its last element.
-        offsets, shape: which part of the whole tensor this is, in elements.
-        stride: of the stored elements.
-        conj, neg: the values are the conjugate, the negative, of the stored bytes.
-    """
-
-    file: str
-    data_offset: int
-    nbytes: int
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    conj: bool = False
-    neg: bool = False
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a checkpoint, not read yet."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    parts: tuple[StoredPart, ...]
-
-
-@dataclass
-class Matching:
-    """What a load has to do.
-
-    Attributes:
-        reads: stored tensors and the live memory they go to.
-        afterwards: run in order once every read was verified.
-        missing: leaves that the live objects have and the checkpoint has not.
-        unexpected: leaves that only the checkpoint has.
-        differences: leaves that both have but that do not fit.
-    """
-
-    reads: list[tuple[str, StoredTensor, torch.Tensor]] = field(default_factory=list)
-    afterwards: list[Callable[[], None]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    differences: list[str] = field(default_factory=list)
-
-    def into(self, name: str, stored: Any, live: torch.Tensor) -> None:
-        """Plan to read `stored` into `live`, if it fits."""
-        if not isinstance(stored, StoredTensor):
-            self.differences.append(f"{name}: a tensor here, {type(stored).__name__} in the checkpoint")
-        elif live.device.type == "meta":
-            self.differences.append(f"{name}: lives on the meta device; call to_empty() before loading")
-        elif tuple(live.shape) != stored.shape or live.dtype != stored.dtype:
-            self.differences.append(
-                f"{name}: {_describe(live.dtype, live.shape)} here, "
-                f"{_describe(stored.dtype, stored.shape)} in the checkpoint"
-            )
-        else:
-            self.reads.append((name, stored, live))
-
-    def fresh(self, name: str, stored: Any, device: torch.device | None = None) -> Any:
-        """`stored` with new tensors in place of stored ones, to be filled by the reads."""
-        made: dict[StoredTensor, torch.Tensor] = {}
-
-        def make(where: str, value: Any) -> Any:
-            if isinstance(value, StoredTensor):
-                if value not in made:
-                    made[value] = torch.empty(value.shape, dtype=value.dtype, device=device)
-                    self.reads.append((where, value, made[value]))
-                return made[value]
-            if isinstance(value, Mapping):
-                pairs = [(key, make(f"{where}.{key}", child)) for key, child in value.items()]
-                if type(value) is dict:
-                    return dict(pairs)
-                copy = value.copy()  # type: ignore[attr-defined]
-                for key, child in pairs:
-                    copy[key] = child
-                return copy
-            if type(value) is list:
-                return [make(f"{where}.{index}", child) for index, child in enumerate(value)]
-            if isinstance(value, tuple) and any(isinstance(child, StoredTensor) for child in value):
-                children = [make(f"{where}.{index}", child) for index, child in enumerate(value)]
-                return type(value)(*children) if hasattr(value, "_fields") else type(value)(children)
-            return value
-
-        return make(name, stored)
-
-
-def _describe(dtype: torch.dtype, shape: Sequence[int]) -> str:
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
 # ---------------------------------------------------------------------------- one section per object
@@ -362,16 +183,28 @@ class OptimizerSection:
                     matching.into(leaf, value, here)
                     values[key] = here
                 else:
-                    if isinstance(value, StoredTensor) and value.shape not in ((), (1,), tuple(param.shape)):
-                        self._check_shape(leaf, value, here, matching)
-                    values[key] = matching.fresh(leaf, value, _device_of_state(value, param, group_of[param]))
+                    if isinstance(value, StoredTensor) and not _plausible(key, value, param, here):
+                        matching.differences.append(
+                            f"{leaf}: {describe(value.dtype, value.shape)} in the checkpoint does not fit "
+                            f"a parameter of {describe(param.dtype, param.shape)}"
+                        )
+                        continue
+                    values[key] = matching.fresh(leaf, value, _lives_like(value, param, group_of[param]))
             matching.afterwards.append(lambda param=param, values=values: _replace(state, param, values))  # type: ignore[misc]
 
-    @staticmethod
-    def _check_shape(leaf: str, value: StoredTensor, here: Any, matching: Matching) -> None:
-        # State of a shape of its own (factored moments) is only checked against what is live.
-        if isinstance(here, torch.Tensor):
-            matching.into(leaf, value, here)
+
+# State with one value for each element of its parameter, in the optimizers of torch.
+_ELEMENTWISE = frozenset(
+    {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"}
+    | {"acc_delta", "sum", "ax", "prev", "step_size", "master_param"}
+)
+
+
+def _plausible(key: str, stored: StoredTensor, param: torch.Tensor, live: Any) -> bool:
+    """Whether `stored` can be the state `key` of this parameter."""
+    if isinstance(live, torch.Tensor):
+        return False  # there is such a state, and it has another shape or dtype
+    return key not in _ELEMENTWISE or stored.shape in ((), tuple(param.shape))
 
 
 def _fits(live: torch.Tensor, stored: StoredTensor) -> bool:
@@ -408,13 +241,11 @@ def _by_parameter(stored: Any, names: set[str]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def _device_of_state(stored: Any, param: torch.Tensor, group: Mapping[str, Any]) -> torch.device:
+def _lives_like(stored: Any, param: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor | None:
     # torch keeps `step` on the host unless the optimizer runs on the device as a whole
     # (torch/optim/adam.py, _init_group).
     on_host = isinstance(stored, StoredTensor) and stored.shape == ()
-    if on_host and not (group.get("capturable") or group.get("fused")):
-        return torch.device("cpu")
-    return param.device
+    return None if on_host and not (group.get("capturable") or group.get("fused")) else param
 
 
 def _replace(state: Any, param: torch.Tensor, values: dict[str, Any]) -> None:
@@ -586,8 +417,10 @@ class TrainingState:
             if name in tree:
                 section.match(name, tree[name], matching)
             else:
-                matching.missing.append(name)
-        matching.unexpected += [name for name in tree if name not in self.sections and name != "step"]
+                matching.missing_sections.append(name)
+        matching.unexpected_sections += [
+            name for name in tree if name not in self.sections and name != "step"
+        ]
         return matching
 
     def parameters(self) -> Iterator[torch.Tensor]:

@@ -100,7 +100,7 @@ nb::tuple times_of(Job& job) {
 
 nb::object error_of(Job& job) {
   const JobError error = job.error();
-  if (error.operation.empty()) return nb::none();
+  if (error.error_number == 0) return nb::none();
   return nb::make_tuple(error.operation, error.path, error.offset, error.source,
                         error.error_number);
 }

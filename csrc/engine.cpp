@@ -453,11 +453,13 @@ int Engine::write(Job& job, Job::Chunk& chunk, std::string* operation, uint64_t*
     std::lock_guard<std::mutex> lock(file.opening);
     if (!file.was_opened) {
       file.was_opened = true;
-      const char* what = "";
-      file.open_error = file.file.create(file.path, file.image->nbytes, direct_, &what);
-      *operation = what;
+      file.open_error =
+          file.file.create(file.path, file.image->nbytes, direct_, &file.open_operation);
     }
-    if (file.open_error != 0) return file.open_error;  // no second try: the job is failing already
+    if (file.open_error != 0) {  // no second try: the job is failing already
+      *operation = file.open_operation;
+      return file.open_error;
+    }
   }
   *operation = "pwrite";
   *offset = chunk.index * arena_.chunk_nbytes();

@@ -40,11 +40,11 @@ struct Source {
 };
 
 struct JobError {
-  std::string operation;  // "pwrite", "copy", ...; empty when there is none
+  std::string operation;  // "pwrite", "copy", ...
   std::string path;
-  int64_t offset = -1;  // in the file; -1 when it does not apply
-  int64_t source = -1;  // whose bytes could not be read; -1 when it does not apply
-  int error_number = 0;
+  int64_t offset = -1;   // in the file; -1 when it does not apply
+  int64_t source = -1;   // whose bytes could not be read; -1 when it does not apply
+  int error_number = 0;  // 0 when there is no error
 };
 
 struct JobTimes {  // seconds since submit(); negative when it has not happened
@@ -103,6 +103,7 @@ class Job {
     std::mutex opening;  // the first writer that comes opens the file, the others wait here
     bool was_opened = false;
     int open_error = 0;
+    const char* open_operation = "";
     uint64_t chunks = 0;  // a file of no bytes still has one chunk, of no bytes
     uint64_t claimed = 0;
     uint64_t sealed = 0;

@@ -14,7 +14,8 @@ from torch import nn
 
 from asyncckpt import AsyncCheckpointer
 from asyncckpt.errors import LeafError, OptionError
-from asyncckpt.state import TrainingState, flatten, unflatten
+from asyncckpt.state import TrainingState
+from asyncckpt.tree import flatten, unflatten
 
 KEYS = st.text("abc", min_size=1, max_size=3)
 PLAIN = st.one_of(

@@ -1,0 +1,123 @@
+"""What cannot wait for the step fence is copied inside save().
+
+Volatile are a model's buffers (forward changes them), the optimizer's own numbers (a scheduler changes
+them), and every tensor outside model and optimizer (a sampler may advance at any time), however deep it
+is hidden in python objects. Python leaves are pickled inside save() anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .plan import Planned, span_nbytes
+from .tree import flatten, rebuilt, tensors_in
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A tree in which what is volatile is a copy.
+
+    Attributes:
+        tree: as it was, with copies in place of volatile tensors.
+        live: names and tensors that are still the live ones; the guard watches them.
+        seen: ids of all tensors in the tree, copies too.
+        nbytes: copied.
+        forward_changes: some buffer was too large to copy; the next forward must wait.
+    """
+
+    tree: dict[str, Any]
+    live: list[tuple[str, torch.Tensor]]
+    seen: frozenset[int]
+    nbytes: int
+    forward_changes: bool
+
+
+def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> Captured:
+    """Copy what is volatile, at most `reserve_nbytes`; what is left over stays live.
+
+    Args:
+        buffers: addresses of the model's buffers.
+    """
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+    nbytes = 0
+    forward_changes = False
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal nbytes, forward_changes
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            return tensor
+        key = (
+            tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride(),
+            tensor.is_conj(), tensor.is_neg(),
+        )  # fmt: skip
+        if key not in copies:
+            size = span_nbytes(tensor)
+            if nbytes + size > reserve_nbytes:
+                forward_changes = forward_changes or tensor.data_ptr() in buffers
+                return tensor
+            nbytes += size
+            copies[key] = tensor.detach().clone()
+        return copies[key]
+
+    result = dict(tree)
+    for name, branch in tree.items():
+        if name == "model":
+            if buffers:
+                result[name] = {key: copy(v) if _is_buffer(v, buffers) else v for key, v in branch.items()}
+        elif name == "optimizer":
+            result[name] = _with_groups(branch, copy)
+        else:
+            result[name] = rebuilt(branch, torch.Tensor, copy, objects=False)
+    ours = {id(tensor) for tensor in copies.values()}
+    every = [(leaf.name, tensor) for leaf in flatten(result) for tensor in tensors_in(leaf.value)]
+    live = [(name, tensor) for name, tensor in every if id(tensor) not in ours]
+    return Captured(result, live, frozenset(id(tensor) for _, tensor in every), nbytes, forward_changes)
+
+
+def _is_buffer(value: Any, buffers: set[int]) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.data_ptr() in buffers
+
+
+def _with_groups(branch: Any, copy: Any) -> Any:
+    """An optimizer's branch (or several) with copies of the tensors in its groups, not of its state."""
+    if not isinstance(branch, Mapping):
+        return branch
+    if "param_groups" not in branch:
+        return {name: _with_groups(child, copy) for name, child in branch.items()}
+    return {**branch, "param_groups": rebuilt(branch["param_groups"], torch.Tensor, copy, objects=False)}
+
+
+def capture_hidden(captured: Captured, planned: Planned, reserve_nbytes: int) -> tuple[Captured, Planned]:
+    """The same for tensors that only pickling found, inside objects that are no containers to us.
+
+    Their storages are copied and take the place of the live ones in the plan; beyond the reserve they
+    stay live, and are watched.
+    """
+    hidden = [(name, tensor) for name, tensor in planned.tensors if id(tensor) not in captured.seen]
+    if not hidden:
+        return captured, planned
+    memory = {t.untyped_storage().data_ptr() for _, t in hidden if t.layout == torch.strided}
+    left_nbytes = reserve_nbytes - captured.nbytes
+    addresses = planned.addresses.copy()
+    copies = []
+    live = set(memory)
+    for source, storage in planned.storages:
+        if storage.data_ptr() in memory and storage.nbytes() <= left_nbytes:
+            left_nbytes -= storage.nbytes()
+            copies.append(storage.clone())  # type: ignore[no-untyped-call]
+            addresses[source] = copies[-1].data_ptr()
+            live.discard(storage.data_ptr())
+    watched = [
+        (name, tensor)
+        for name, tensor in hidden
+        if tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() in live
+    ]
+    nbytes = reserve_nbytes - left_nbytes
+    return (
+        replace(captured, live=captured.live + watched, nbytes=nbytes),
+        replace(planned, addresses=addresses, held=(*planned.held, copies)),
+    )

@@ -1,0 +1,253 @@
+"""The tree of a training state: named leaves, and what stands for a tensor that is not read yet.
+
+Branches are mappings with string keys, and lists that hold a tensor or a branch. All else is a leaf: a
+tensor, or python that is pickled whole, whatever tensors it may hold inside.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import LeafError
+
+Path = tuple[str | int, ...]
+
+
+class Leaf(NamedTuple):
+    """A value of the tree that is saved as one: a tensor, or python that is pickled."""
+
+    name: str  # the path, joined with "."
+    path: Path
+    value: Any
+
+
+def flatten(tree: Mapping[str, Any]) -> list[Leaf]:
+    """The leaves of a tree, in its order.
+
+    The rule is stock DCP's (torch/distributed/checkpoint/_traverse.py), but nothing is lost here: an
+    empty mapping is a leaf, and so is a mapping whose keys are not all strings.
+
+    Raises:
+        LeafError: two leaves have the same name.
+    """
+    leaves: list[Leaf] = []
+    names: dict[str, Path] = {}
+
+    def visit(path: Path, value: Any) -> None:
+        if _is_branch(value):
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, child in items:
+                visit((*path, key), child)
+            return
+        name = ".".join(map(str, path))
+        if name in names:
+            raise LeafError(f"two leaves are called {name!r}: {names[name]} and {path}; rename one key")
+        names[name] = path
+        leaves.append(Leaf(name, path, value))
+
+    for key, child in tree.items():
+        visit((key,), child)
+    return leaves
+
+
+def _is_branch(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(type(key) is str for key in value)
+    if type(value) is list:
+        return any(isinstance(item, torch.Tensor) or _is_branch(item) for item in value)
+    return False
+
+
+def unflatten(leaves: Iterator[tuple[Path, Any]]) -> dict[str, Any]:
+    """The tree that `flatten` would have taken apart into these leaves; integer keys make lists."""
+    root: dict[Any, Any] = {}
+    lists: list[tuple[dict[Any, Any], Any]] = []  # (parent, key) of every list, parents first
+
+    for path, value in leaves:
+        node = root
+        for key, following in pairwise(path):
+            if key not in node:
+                node[key] = {}
+                if type(following) is int:
+                    lists.append((node, key))
+            node = node[key]
+        node[path[-1]] = value
+    for parent, key in reversed(lists):  # innermost first, so that a list's items are final
+        children = parent[key]
+        parent[key] = [children[index] for index in sorted(children)]
+    return root
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested mappings, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for child in value.values():
+            yield from tensors_in(child)
+    elif isinstance(value, list | tuple):
+        for child in value:
+            yield from tensors_in(child)
+
+
+def rebuilt(
+    value: Any, kind: type | tuple[type, ...], convert: Callable[[Any], Any], *, objects: bool = True
+) -> Any:
+    """`value` with every `kind` in it converted. Containers are new, what they hold besides is not.
+
+    `objects`: also attributes of other objects are converted, in place; for values that nobody else has.
+    """
+    seen: dict[int, Any] = {}
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, kind):
+            return convert(value)
+        if type(value) in _ATOMS:
+            return value
+        if id(value) in seen:
+            return seen[id(value)]
+        if isinstance(value, Mapping) and hasattr(value, "copy"):
+            copy = value.copy()
+            seen[id(value)] = copy
+            for key, child in value.items():
+                copy[key] = visit(child)
+            return copy
+        if isinstance(value, list):
+            copy = value.copy()
+            seen[id(value)] = copy
+            copy[:] = [visit(child) for child in value]
+            return copy
+        if isinstance(value, torch.Size):
+            return value
+        if isinstance(value, tuple):
+            children = [visit(child) for child in value]
+            return type(value)(*children) if hasattr(value, "_fields") else type(value)(children)
+        if isinstance(value, deque):
+            return deque((visit(child) for child in value), value.maxlen)
+        if isinstance(value, set | frozenset):
+            return type(value)(visit(child) for child in value)
+        if objects and hasattr(value, "__dict__") and not isinstance(value, _CODE):
+            seen[id(value)] = value
+            for name, child in list(vars(value).items()):
+                vars(value)[name] = visit(child)
+        return value
+
+    return visit(value)
+
+
+_ATOMS = {str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device}
+_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+
+
+# ---------------------------------------------------------------------------- loading's vocabulary
+
+
+class StoredPart(NamedTuple):
+    """One stored block of a tensor.
+
+    Attributes:
+        file: relative to the step directory.
+        data_offset: of the block's first element, in the file.
+        nbytes: from there to the end of its last element.
+        offsets, shape: which part of the whole tensor this is, in elements.
+        stride: of the stored elements.
+        conj, neg: the values are the conjugate, the negative, of the stored bytes.
+    """
+
+    file: str
+    data_offset: int
+    nbytes: int
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    conj: bool = False
+    neg: bool = False
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a checkpoint, not read yet."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: tuple[StoredPart, ...]
+
+
+@dataclass
+class Matching:
+    """What a load has to do.
+
+    Attributes:
+        reads: stored tensors and the live memory they go to.
+        afterwards: run in order once every read was verified.
+        missing: leaves that the live objects have and the checkpoint has not.
+        unexpected: leaves that only the checkpoint has.
+        missing_sections, unexpected_sections: the same of whole sections.
+        differences: leaves that both have but that do not fit.
+    """
+
+    reads: list[tuple[str, StoredTensor, torch.Tensor]] = field(default_factory=list)
+    afterwards: list[Callable[[], None]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    missing_sections: list[str] = field(default_factory=list)
+    unexpected_sections: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+
+    def into(self, name: str, stored: Any, live: torch.Tensor) -> None:
+        """Plan to read `stored` into `live`, if it fits."""
+        if not isinstance(stored, StoredTensor):
+            self.differences.append(f"{name}: a tensor here, {type(stored).__name__} in the checkpoint")
+        elif live.device.type == "meta":
+            self.differences.append(f"{name}: lives on the meta device; call to_empty() before loading")
+        elif tuple(live.shape) != stored.shape or live.dtype != stored.dtype:
+            self.differences.append(
+                f"{name}: {describe(live.dtype, live.shape)} here, "
+                f"{describe(stored.dtype, stored.shape)} in the checkpoint"
+            )
+        else:
+            self.reads.append((name, stored, live))
+
+    def fresh(self, name: str, stored: Any, like: torch.Tensor | None = None) -> Any:
+        """`stored` with new tensors in place of stored ones, to be filled by the reads.
+
+        `like` says where they live and, for those of its shape, how they lie in memory: kernels that
+        walk a parameter and its moments together pair them by address.
+        """
+        made: dict[StoredTensor, torch.Tensor] = {}
+
+        def make(value: Any) -> torch.Tensor:
+            if value not in made:
+                made[value] = _allocate(value, like)
+                self.reads.append((name, value, made[value]))
+            return made[value]
+
+        return rebuilt(stored, StoredTensor, make)
+
+
+def _allocate(stored: StoredTensor, like: torch.Tensor | None) -> torch.Tensor:
+    device = like.device if like is not None else None
+    if like is not None and tuple(like.shape) == stored.shape:
+        return torch.empty_like(like, dtype=stored.dtype, requires_grad=False)
+    first = stored.parts[0] if len(stored.parts) == 1 else None
+    if first is not None and first.nbytes == _elements(stored.shape) * stored.dtype.itemsize:
+        return torch.empty_strided(stored.shape, first.stride, dtype=stored.dtype, device=device)
+    return torch.empty(stored.shape, dtype=stored.dtype, device=device)
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def describe(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
