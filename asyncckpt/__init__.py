@@ -1,8 +1,9 @@
 """Checkpoints that do not stop training and never resume from half a step."""
 
-from .checkpointer import AsyncCheckpointer, Resume
+from .checkpointer import AsyncCheckpointer
 from .errors import CheckpointError
 from .inflight import SaveHandle
+from .loader import Resume
 from .report import SaveReport
 
 __all__ = ["AsyncCheckpointer", "CheckpointError", "Resume", "SaveHandle", "SaveReport"]

@@ -13,30 +13,24 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from . import memory, restore
+from . import memory
 from .capture import capture, capture_hidden
 from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
 from .committer import HEARTBEAT_S, Committer
 from .errors import (
     CheckpointError,
     ClosedError,
-    CorruptStepError,
     ForkedError,
     LoadError,
-    MismatchError,
-    NoIntactStepError,
     OptionError,
     RootError,
     SaveTimeoutError,
     StepExistsError,
-    StepNotFoundError,
 )
 from .fence import StepFence
 from .filesystem import Filesystem
@@ -44,37 +38,15 @@ from .formats.manifest import checked_metadata
 from .inflight import PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
 from .lease import RootLease
+from .loader import Loader, Resume
 from .plan import planner_for
 from .snapshot import Stager
 from .state import TrainingState
-from .steps import StepEntry
-from .tree import Matching
 
 _log = logging.getLogger(__name__)
 
 _PROGRESS_INTERVAL_S = 0.1
 _EXIT_UNREPORTED = 70  # EX_SOFTWARE: a failed save that nobody heard of must not look like success
-
-
-@dataclass(frozen=True)
-class Resume:
-    """What a load found.
-
-    Attributes:
-        step: the step whose state the live objects have now.
-        path: its directory.
-        verified: every byte was checked; False for steps that another tool wrote.
-        passed_over: newer steps that were not good, and why.
-        seconds: the load took.
-        metadata: what save() was given.
-    """
-
-    step: int
-    path: Path
-    verified: bool
-    passed_over: tuple[str, ...]
-    seconds: float
-    metadata: Mapping[str, Any]
 
 
 class AsyncCheckpointer:
@@ -157,7 +129,7 @@ class AsyncCheckpointer:
             extra=extra,
             rng=save_rng,
         )
-        self._layout = layout_named(layout)
+        layout_named(layout)  # refuse a wrong name before anything is written
         self._on_error = on_error
         self._max_in_flight = max_in_flight
         self._when_busy = when_busy
@@ -165,7 +137,6 @@ class AsyncCheckpointer:
         self._on_phase = on_phase
         self._pid = os.getpid()
         self._closed = False
-        self._must_load: str | None = None  # why save() is refused until a load succeeds
         self._incarnation = new_incarnation()
         self._saves_begun = 0
         self._failed: list[Save] = []  # not heard of yet
@@ -179,7 +150,8 @@ class AsyncCheckpointer:
             prepare_root(path, fs)
             self._lease = RootLease.acquire(path, owner=self._incarnation, heartbeat_s=HEARTBEAT_S)
         try:
-            self._root = CheckpointRoot(path, self._layout, fs)
+            self._root = CheckpointRoot(path, layout_named(layout), fs)
+            self._loader = Loader(self._root, self._state)
             if self._lease is None:
                 return
             self._root.sweep(self._incarnation)
@@ -227,8 +199,8 @@ class AsyncCheckpointer:
         self._check_usable()
         if self._committer is None:
             raise RootError("this checkpointer is read_only")
-        if self._must_load is not None:
-            raise LoadError(f"save() is refused until a load succeeds: {self._must_load}")
+        if self._loader.must_load is not None:
+            raise LoadError(f"save() is refused until a load succeeds: {self._loader.must_load}")
         with self._lock:
             self._decide_released()
             self._raise_failures()
@@ -264,6 +236,7 @@ class AsyncCheckpointer:
         directories = planned.plan.directories()
         attempt = self._root.begin(save.step, attempt_id(self._incarnation, self._saves_begun), directories)
         try:
+            save.submitting_s = save.elapsed_s()
             save.snapshot = self._stager.snapshot(planned, captured.live, attempt.path)
         except BaseException:
             self._root.discard(attempt)
@@ -408,27 +381,7 @@ class AsyncCheckpointer:
         """
         self._check_usable()
         self._drain()
-        candidates = self._root.candidates()
-        if not candidates and not self._root.ever_committed():
-            return None
-        passed_over: list[str] = []
-        tried: set[tuple[int, str]] = set()
-        while candidates:
-            entry = candidates.pop(0)
-            attempt = (entry.step, entry.manifest.attempt if entry.manifest is not None else "")
-            if attempt in tried:
-                continue
-            tried.add(attempt)
-            try:
-                return self._load(entry, strict, trusted, tuple(passed_over))
-            except (CorruptStepError, StepNotFoundError) as error:
-                _log.warning("step %d is passed over: %s", entry.step, error)
-                passed_over.append(f"step {entry.step}: {error}")
-                if isinstance(error, StepNotFoundError):
-                    candidates = self._root.candidates()  # another run's retention overtook us
-        reasons = "\n  ".join(passed_over) or "all were abandoned or removed"
-        self._must_load = f"no step under {self._root.path} is good"
-        raise NoIntactStepError(f"no step under {self._root.path} is good:\n  {reasons}")
+        return self._loader.latest(strict, trusted)
 
     def load(
         self,
@@ -449,68 +402,7 @@ class AsyncCheckpointer:
         _check_choice("verify", verify, ("during", "before"))
         self._check_usable()
         self._drain()
-        return self._load(self._root.find(step), strict, trusted, (), verify_first=verify == "before")
-
-    def _load(
-        self,
-        entry: StepEntry,
-        strict: bool,
-        trusted: bool,
-        passed_over: tuple[str, ...],
-        verify_first: bool = False,
-    ) -> Resume:
-        began_s = time.perf_counter()
-        if entry.problem is not None:
-            raise CorruptStepError(str(entry.path), entry.problem)
-        listed = None
-        if not entry.foreign:
-            fragments = self._root.read_fragments(entry)
-            listed = {file.path: file for fragment in fragments for file in fragment.files}
-        with restore.StepFiles(entry.path, listed) as files:
-            matching = self._match(files, strict, trusted)
-            if verify_first:
-                restore.read_tensors(files, [], verify_only=True)
-            self._must_load = f"the load of step {entry.step} did not finish"
-            restore.read_tensors(files, matching.reads)
-        for action in matching.afterwards:
-            action()
-        self._must_load = None
-        self._root.resume_from(entry.step)
-        if entry.foreign:
-            _log.warning("step %d was not written by asyncckpt: loaded unverified", entry.step)
-        metadata = entry.manifest.metadata if entry.manifest is not None else {}
-        seconds = time.perf_counter() - began_s
-        return Resume(entry.step, entry.path, not entry.foreign, passed_over, seconds, metadata)
-
-    def _match(self, files: restore.StepFiles, strict: bool, trusted: bool) -> Matching:
-        """What goes where; nothing is changed yet."""
-        try:
-            tree = restore.read_tree(files, self._layout.name, trusted=trusted)
-            restore.refuse_inert(tree, tuple(self._state.sections))
-            matching = self._state.match(tree)
-        except Exception as error:
-            # Damaged bytes can look like anything. Checksums know better than parsers.
-            damage = restore.find_damage(files)
-            if damage is not None:
-                raise damage from error
-            raise
-        lines = list(matching.differences)
-        missing, unexpected = list(matching.missing), list(matching.unexpected)
-        if strict and files.entries is not None:  # other tools have sections of their own
-            missing += matching.missing_sections
-            unexpected += matching.unexpected_sections
-        if strict:
-            lines += [f"{name}: not in the checkpoint" for name in missing]
-            lines += [f"{name}: only in the checkpoint" for name in unexpected]
-        if lines:
-            damage = restore.find_damage(files)
-            if damage is not None:
-                raise damage
-            raise MismatchError(str(files.directory), lines)
-        sections = (*matching.missing_sections, *matching.unexpected_sections)
-        for name in (*matching.missing, *matching.unexpected, *sections):
-            _log.warning("%s: only in the live state or only in the checkpoint: left as it is", name)
-        return matching
+        return self._loader.step(step, strict, trusted, verify_first=verify == "before")
 
     # -- the end
 

@@ -33,6 +33,7 @@ class Save:
         self.checked = threading.Event()
         self.done = threading.Event()
         self.heard = False
+        self.submitting_s = 0.0  # after the call; the engine's clock begins here
         self._error: CheckpointError | None = None
         self._lock = threading.Lock()
         self._began_s = time.perf_counter()
@@ -63,7 +64,7 @@ class Save:
         released_s, _, _, starved_s = snapshot.times_s()
         self.report.starved_s = starved_s
         self.report.direct = snapshot.direct
-        self.mark("released", self.report.phases["submitted"] + released_s)
+        self.mark("released", max(self.report.phases["submitted"], self.submitting_s + released_s))
         self.mark("written")
 
     def mark(self, phase: str, at_s: float | None = None) -> None:
