@@ -99,7 +99,7 @@ class Save:
                     f"raise fence_timeout_s or host_memory"
                 )
             )
-            snapshot.wait_released(_ABORT_S)
+            snapshot.wait_released(min(timeout_s, _ABORT_S))
         self.report.blocked_s += time.perf_counter() - began_s
         self.checked.set()
 

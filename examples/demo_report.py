@@ -67,7 +67,10 @@ class RunLog:
 
 def save_table(log: RunLog) -> Table:
     """One row for each save, torch.save's time beside it; the last row holds medians."""
-    table = Table(caption="torch.save: the same state, timed half an interval earlier, with fsync")
+    table = Table(
+        caption="durable: a commit waits until the next step's fence found nothing torn. "
+        "torch.save: the same state, timed half an interval earlier, with fsync"
+    )
     columns = ("step", "MB", "blocked ms", "durable s", "GB/s", "torch.save blocked ms", "less by")
     for name in columns:
         table.add_column(name, justify="right")
