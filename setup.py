@@ -112,7 +112,8 @@ class Recipe:
     def compile(self, source: Path) -> Path:
         """Compile one source unless its object is up to date; returns the object."""
         flags = self.compile_flags(source)
-        key = hashlib.sha256("\0".join([*self.compiler, self.fingerprint, *flags]).encode()).hexdigest()[:12]
+        parts = [str(ROOT), *self.compiler, self.fingerprint, *flags]  # depfiles name absolute paths
+        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
         target = OBJECTS / key / f"{source.stem}.o"
         depfile = target.with_suffix(".d")
         if is_current(target, depfile):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import operator
 import os
 import sys
 import threading
@@ -29,8 +30,10 @@ from .errors import (
     LoadError,
     OptionError,
     RootError,
+    SaveError,
     SaveTimeoutError,
     StepExistsError,
+    WriteError,
 )
 from .fence import StepFence
 from .filesystem import Filesystem
@@ -45,6 +48,7 @@ from .state import TrainingState
 
 _log = logging.getLogger(__name__)
 
+_WRITERS_MAX = 256  # arbitrary; far more than any disk rewards
 _PROGRESS_INTERVAL_S = 0.1
 _EXIT_UNREPORTED = 70  # EX_SOFTWARE: a failed save that nobody heard of must not look like success
 
@@ -57,7 +61,8 @@ class AsyncCheckpointer:
         model: an nn.Module, or anything with state_dict() and load_state_dict().
         optimizer, lr_scheduler: the same; or several, as a sequence or mapping.
         dataloader: anything with state_dict() and load_state_dict().
-        extra: the same; or a dict of plain values and such objects, which load updates in place.
+        extra: the same; or a dict of plain values, tensors and such objects. load fills tensors and objects
+            in place, and replaces the other values in the dict.
         layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint) or "megatron"
             (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker).
         host_memory: bytes that staging may take, all in all. A state that is larger streams through;
@@ -119,8 +124,11 @@ class AsyncCheckpointer:
             raise OptionError(f"host_memory is a number of bytes, at least 65536; got {host_memory!r}")
         if host_memory is not None and host_memory > (available := memory.available_bytes()):
             raise OptionError(f"host_memory: {host_memory} bytes, but only {available} are available")
-        if not isinstance(fence_timeout_s, int | float) or not fence_timeout_s > 0:
+        if isinstance(fence_timeout_s, bool | str) or not fence_timeout_s > 0:
             raise OptionError(f"fence_timeout_s is a positive number of seconds; got {fence_timeout_s!r}")
+        fence_timeout_s = min(fence_timeout_s, threading.TIMEOUT_MAX)
+        if writers > _WRITERS_MAX:
+            raise OptionError(f"writers: at most {_WRITERS_MAX}, got {writers}")
         self._state = TrainingState(
             model=model,
             optimizer=optimizer,
@@ -145,7 +153,7 @@ class AsyncCheckpointer:
 
         self._lease: RootLease | None = None
         self._committer: Committer | None = None
-        path, fs = Path(root).absolute(), Filesystem()
+        path, fs = Path(os.fsdecode(root)).absolute(), Filesystem()
         if not read_only:
             prepare_root(path, fs)
             self._lease = RootLease.acquire(path, owner=self._incarnation, heartbeat_s=HEARTBEAT_S)
@@ -158,23 +166,19 @@ class AsyncCheckpointer:
             if host_memory is None:
                 host_memory = memory.default_host_memory_bytes(model, optimizer is not None)
             self._planner = planner_for(layout)
-            try:
-                self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
-            except MemoryError as error:
-                raise OptionError(f"host_memory: {host_memory} bytes cannot be had") from error
+            self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
             self._fence = StepFence(
                 fence=self.fence,
-                needed=lambda: bool(self._in_flight()),
-                parameters=self._state.parameters,
+                at_risk=self._at_risk,
                 model=model,
+            )
+            self._committer = Committer(
+                self._root, self._lease, (keep_last, keep_every), self._note_failure, fence_timeout_s
             )
         except BaseException:
             if self._lease is not None:
                 self._lease.release()
             raise
-        self._committer = Committer(
-            self._root, self._lease, (keep_last, keep_every), self._note_failure, fence_timeout_s
-        )
         atexit.register(self._at_exit)
 
     # -- saving
@@ -195,22 +199,29 @@ class AsyncCheckpointer:
             LoadError: the last load failed, so the live state is not to be trusted.
             ClosedError, ForkedError.
         """
-        save = Save(step, self._on_phase)
         self._check_usable()
+        save = Save(_as_step(step), self._on_phase)
         if self._committer is None:
             raise RootError("this checkpointer is read_only")
         if self._loader.must_load is not None:
             raise LoadError(f"save() is refused until a load succeeds: {self._loader.must_load}")
         with self._lock:
+            self._check_usable()  # another thread may have closed it meanwhile
             self._decide_released()
             self._raise_failures()
-            self._check_step(step)
+            self._check_step(save.step)
             if not self._make_room(save):
                 return SaveHandle(save, self._settle)
             self._raise_failures()
             try:
                 save.metadata = checked_metadata(metadata or {})
                 self._begin(save, self._committer)
+            except WriteError as error:
+                if self._on_error == "raise":
+                    raise
+                save.fail(error)
+                self._note_failure(save)
+                save.finish()
             finally:
                 save.report.blocked_s += save.elapsed_s()
         return SaveHandle(save, self._settle)
@@ -229,9 +240,11 @@ class AsyncCheckpointer:
             self._fence.before_forward()
         save.report.nbytes = planned.plan.nbytes
         save.report.captured_nbytes = captured.nbytes
-        save.report.replanned = planned.replanned
+        save.report.pickled_nbytes = planned.plan.pickled_nbytes
         if planned.replanned:
-            self._fence.forget_parameters()
+            for name, kind in planned.plan.untrusted:
+                _log.warning("%s holds a %s: loading it will need trusted=True", name, kind)
+        save.report.replanned = planned.replanned
         self._saves_begun += 1
         directories = planned.plan.directories()
         attempt = self._root.begin(save.step, attempt_id(self._incarnation, self._saves_begun), directories)
@@ -242,12 +255,10 @@ class AsyncCheckpointer:
             self._root.discard(attempt)
             raise
         save.attempt = attempt
-        save.mark("submitted")
         committer.take(save)
+        save.mark("submitted")
 
     def _check_step(self, step: int) -> None:
-        if not isinstance(step, int) or isinstance(step, bool):
-            raise OptionError(f"step must be an int, got {step!r}")
         for save in self._in_flight():
             if save.error is None and step <= save.step:
                 kind = "is" if step == save.step else f"comes after step {save.step}, which is"
@@ -301,7 +312,7 @@ class AsyncCheckpointer:
     # -- waiting
 
     def wait(self, progress: Callable[[int], None] | None = None) -> None:
-        """Wait until every save is durable. Fences.
+        """Wait until every save is durable. Fences, if this thread saved.
 
         Args:
             progress: called now and then with the number of saves still in flight.
@@ -310,11 +321,12 @@ class AsyncCheckpointer:
             SaveError: one failed, and nobody was told yet.
         """
         self._check_usable()
+        if all(save.thread == threading.get_ident() for save in self._in_flight()):
+            self.fence()
         self._drain(progress)
         self._raise_failures()
 
     def _drain(self, progress: Callable[[int], None] | None = None) -> None:
-        self.fence()
         for save in self._in_flight():
             while not save.done.wait(_PROGRESS_INTERVAL_S):
                 if progress is not None:
@@ -323,7 +335,11 @@ class AsyncCheckpointer:
     def _settle(self, save: Save, timeout_s: float | None) -> None:
         if os.getpid() != self._pid:
             raise ForkedError("this save belongs to the parent process")
-        if not save.done.is_set():
+        mine = save.thread == threading.get_ident()
+        if mine and not save.done.is_set() and not save.checked.is_set():
+            snapshot = save.snapshot
+            if timeout_s is not None and snapshot is not None and not snapshot.wait_released(timeout_s):
+                raise TimeoutError(f"step {save.step} is not even copied after {timeout_s:g} s")
             self.fence()
         self._wait_done(save, timeout_s)
 
@@ -331,6 +347,10 @@ class AsyncCheckpointer:
     def _wait_done(save: Save, timeout_s: float | None) -> None:
         if not save.done.wait(timeout_s):
             raise TimeoutError(f"step {save.step} is not durable after {timeout_s:g} s")
+
+    def _at_risk(self) -> list[frozenset[int]]:
+        unfenced = [save.snapshot for save in self._in_flight() if not save.checked.is_set()]
+        return [snapshot.storages for snapshot in unfenced if snapshot is not None]
 
     def _in_flight(self) -> list[Save]:
         return self._committer.in_flight if self._committer is not None else []
@@ -380,6 +400,7 @@ class AsyncCheckpointer:
             UntrustedError: a leaf needs a class that is not imported unless trusted.
         """
         self._check_usable()
+        self.fence()
         self._drain()
         return self._loader.latest(strict, trusted)
 
@@ -401,6 +422,7 @@ class AsyncCheckpointer:
         """
         _check_choice("verify", verify, ("during", "before"))
         self._check_usable()
+        self.fence()
         self._drain()
         return self._loader.step(step, strict, trusted, verify_first=verify == "before")
 
@@ -414,19 +436,28 @@ class AsyncCheckpointer:
         """
         if self._closed or os.getpid() != self._pid:
             return
-        self._closed = True
-        if self._committer is None:
-            return
-        atexit.unregister(self._at_exit)
+        with self._lock:  # a save() under way on another thread comes first
+            if self._closed:
+                return
+            self._closed = True
+            if self._committer is not None:
+                self._close(self._committer)
+        self._raise_failures()
+
+    def _close(self, committer: Committer) -> None:
         try:
+            self.fence()
             self._drain()
         finally:
-            self._committer.stop()
+            for save in self._in_flight():  # only after an interruption: they must not hold up the end
+                save.fail(SaveError(f"step {save.step} was not saved: the checkpointer was closed"))
+                save.checked.set()
+            committer.stop()
             self._fence.remove()
             self._stager.close()
             if self._lease is not None:
                 self._lease.release()
-        self._raise_failures()
+            atexit.unregister(self._at_exit)
 
     def __enter__(self) -> AsyncCheckpointer:
         return self
@@ -446,7 +477,7 @@ class AsyncCheckpointer:
             return
         try:
             self.close()
-        except CheckpointError as error:
+        except Exception as error:  # noqa: BLE001 -- whatever it is, it must not look like success
             # Python turns whatever atexit raises, sys.exit included, into exit code 0.
             _log.critical("a save failed and nobody was told: %s", error)
             sys.stderr.write(f"asyncckpt: a save failed and nobody was told: {error}\n")
@@ -467,6 +498,12 @@ class AsyncCheckpointer:
     def plans_made(self) -> int:
         """How often the layout of the files had to be made: once per structure of the state."""
         return self._planner.plans_made if self._committer is not None else 0
+
+
+def _as_step(step: Any) -> int:
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise OptionError(f"step must be an int, got {step!r}")
+    return operator.index(step)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

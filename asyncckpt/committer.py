@@ -1,11 +1,11 @@
-"""The thread that turns written snapshots into visible steps, one at a time, in order.
+"""The thread that turns written snapshots into visible steps, one at a time, in order; and the
+heartbeat of the lease beside it, which nothing holds up.
 
     written and fenced -> fragment, manifest -> lease still ours -> rename -> tracker -> retention
 
 Guarantees:
 - A save ends, durable or failed, whatever happens to it; whoever waits for it is woken.
 - A save that nobody fenced is never committed.
-- While it waits it keeps the lease alive.
 """
 
 from __future__ import annotations
@@ -47,11 +47,14 @@ class Committer:
         self._keep = keep
         self._on_failure = on_failure
         self._release_timeout_s = release_timeout_s
-        self._said_buffered = False
+        self._said_buffered = self._said_unchecked = False
         self._in_flight: list[Save] = []  # oldest first; replaced, never changed, so reading needs no lock
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="asyncckpt-heartbeat", daemon=True)
         self._thread = threading.Thread(target=self._run, name="asyncckpt-committer", daemon=True)
+        self._heart.start()
         self._thread.start()
 
     @property
@@ -66,19 +69,21 @@ class Committer:
         self._queue.put(save)
 
     def stop(self) -> None:
-        """End the thread, once everything taken has ended."""
+        """End the threads, once everything taken has ended."""
         self._queue.put(None)
         self._thread.join()
+        self._stopped.set()
+        self._heart.join()
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_S):
+            try:
+                self._lease.renew()
+            except Exception as error:  # noqa: BLE001 -- the heart goes on; the check before a publish decides
+                _log.warning("the lease was not renewed: %s", error)
 
     def _run(self) -> None:
-        while True:
-            try:
-                save = self._queue.get(timeout=HEARTBEAT_S)
-            except queue.Empty:
-                self._renew_lease()
-                continue
-            if save is None:
-                return
+        while (save := self._queue.get()) is not None:
             try:
                 self._commit(save)
             except CheckpointError as error:
@@ -102,16 +107,14 @@ class Committer:
                 self._lease.check()  # the last look: a suspended process may have lost it meanwhile
 
         try:
-            while not snapshot.wait_written(HEARTBEAT_S):
-                self._renew_lease()
+            snapshot.wait_written()
             save.note_written(snapshot)
             if not snapshot.direct and not self._said_buffered:
                 self._said_buffered = True
                 _log.warning(
                     "%s: no O_DIRECT here; files are written through the page cache", self._root.path
                 )
-            while not save.checked.wait(HEARTBEAT_S):
-                self._renew_lease()
+            save.checked.wait()
             if save.error is not None:
                 raise save.error
             save.mark("checked")
@@ -129,16 +132,12 @@ class Committer:
             _log.warning("older steps could not be removed, the next save tries again: %s", error)
 
     def _end(self, save: Save) -> None:
-        if save.error is not None:
-            # The engine may still be looking at the memory that the save holds.
-            save.begun()[0].wait_released(self._release_timeout_s)
-            self._on_failure(save)
-        with self._lock:
-            self._in_flight = [other for other in self._in_flight if other is not save]
-        save.finish()
-
-    def _renew_lease(self) -> None:
         try:
-            self._lease.renew()
-        except CheckpointError as error:
-            _log.warning("%s", error)  # if it is lost for good, the check before a publish says so
+            if save.error is not None:
+                # The engine may still be looking at the memory that the save holds.
+                save.begun()[0].wait_released(self._release_timeout_s)
+                self._on_failure(save)
+        finally:
+            with self._lock:
+                self._in_flight = [other for other in self._in_flight if other is not save]
+            save.finish()

@@ -1,7 +1,7 @@
 """The step fence: before an optimizer changes what a save has not copied yet, it waits.
 
 A hook before the step of *every* torch optimizer, since one that was not handed over may share
-parameters with one that was; optimizers without a common parameter pass. A model whose buffers were too
+memory with one that was; optimizers that touch nothing at risk pass. A model whose buffers were too
 large to copy inside save() is fenced before its next forward too.
 """
 
@@ -19,24 +19,17 @@ class StepFence:
     """Calls `fence` on the training thread before a step or a forward that would tear a save.
 
     Args:
-        needed: whether some save is still to be fenced; asked at every optimizer step, so cheap.
-        parameters: all parameters of the state.
+        at_risk: addresses of the storages that saves in flight have not copied yet; asked at every
+            optimizer step.
         model: whose forward changes buffers.
     """
 
     def __init__(
-        self,
-        fence: Callable[[], None],
-        needed: Callable[[], bool],
-        parameters: Callable[[], Iterable[torch.Tensor]],
-        model: Any,
+        self, fence: Callable[[], None], at_risk: Callable[[], Iterable[frozenset[int]]], model: Any
     ) -> None:
         self._fence = fence
-        self._needed = needed
-        self._parameters = parameters
+        self._at_risk = at_risk
         self._model = model
-        self._ids: set[int] | None = None
-        self._storages: set[int] = set()
         self._pid = os.getpid()
         # Not traced: a hook with side effects inside a compiled step runs into the recompile limit.
         self._untraced = cast("Callable[[Any], Any]", torch.compiler.disable)
@@ -61,29 +54,21 @@ class StepFence:
         self.passed()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._needed() and self._pid == os.getpid() and self._shares(optimizer):
+        at_risk = list(self._at_risk())
+        if at_risk and self._pid == os.getpid() and _touches(optimizer, at_risk):
             self._fence()
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
         if self._pid == os.getpid():
             self._fence()
 
-    def _shares(self, optimizer: torch.optim.Optimizer) -> bool:
-        if self._ids is None:
-            ours = list(self._parameters())
-            self._ids = {id(parameter) for parameter in ours}
-            self._storages = {_storage(parameter) for parameter in ours}
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        if any(id(param) in self._ids for param in params):
-            return True
-        # Master or flat parameters may be other tensors over the same memory.
-        return any(_storage(param) in self._storages for param in params)
 
-    def forget_parameters(self) -> None:
-        """Ask for the parameters again at the next step: groups may have been added."""
-        self._ids = None
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    address = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
-    return address or id(tensor)
+def _touches(optimizer: torch.optim.Optimizer, at_risk: list[frozenset[int]]) -> bool:
+    # By memory, not by name: master or flat parameters may be other tensors over the same bytes.
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    return any(
+        param.untyped_storage().data_ptr() in storages
+        for param in params
+        if param.layout == torch.strided
+        for storages in at_risk
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from .commit import Attempt
 from .errors import CheckpointError, SaveTimeoutError, TornStateError
 from .report import SaveReport
 from .snapshot import Snapshot
+
+_log = logging.getLogger(__name__)
 
 _ABORT_S = 10.0  # a job that was given up lets go as soon as the copies under way return
 
@@ -23,6 +26,7 @@ class Save:
         checked: set once the training thread has decided that nothing was torn, or that something was.
         done: set at the very end, durable or failed.
         heard: somebody was told of the error.
+        thread: that called save(); the one whose word on torn tensors counts.
     """
 
     def __init__(self, step: int, observer: PhaseObserver | None) -> None:
@@ -33,6 +37,7 @@ class Save:
         self.checked = threading.Event()
         self.done = threading.Event()
         self.heard = False
+        self.thread = threading.get_ident()
         self.submitting_s = 0.0  # after the call; the engine's clock begins here
         self._error: CheckpointError | None = None
         self._lock = threading.Lock()
@@ -71,28 +76,35 @@ class Save:
         """Note that a phase was reached, now or `at_s` seconds after the call."""
         self.report.phases[phase] = self.elapsed_s() if at_s is None else at_s
         if self._observer is not None:
-            self._observer(self.step, phase)
+            try:
+                self._observer(self.step, phase)
+            except Exception:  # noqa: BLE001 -- whatever an observer does, the save goes on
+                _log.exception("on_phase(%d, %r) failed", self.step, phase)
 
     def fail(self, error: CheckpointError) -> None:
         """Fail, for the first reason given; the engine stops working for it."""
         with self._lock:
             if self._error is None:
                 self._error = error
-        if self.snapshot is not None:
-            self.snapshot.abort()
+        snapshot = self.snapshot
+        if snapshot is not None:
+            snapshot.abort()
 
     def fence(self, timeout_s: float) -> None:
         """Check that nothing was torn, and wait until training may change everything.
 
-        On the training thread only, before it changes anything. Never raises: a failure is the save's,
+        On the thread that is about to change it, before it does. Never raises: a failure is the save's,
         not training's.
         """
-        if self.checked.is_set():
+        snapshot = self.snapshot  # the committer may end a failed save at any moment
+        if self.checked.is_set() or snapshot is None:
             return
-        snapshot, _ = self.begun()
-        self.decide()
         began_s = time.perf_counter()
-        if not snapshot.wait_released(timeout_s):
+        self.decide(snapshot)
+        if snapshot.wait_released(timeout_s):
+            self.decide(snapshot)  # should another thread have written while this one waited
+            snapshot.let_go()
+        else:
             self.fail(
                 SaveTimeoutError(
                     f"step {self.step} was given up: its tensors were not copied within {timeout_s:g} s; "
@@ -103,9 +115,9 @@ class Save:
         self.report.blocked_s += time.perf_counter() - began_s
         self.checked.set()
 
-    def decide(self) -> None:
+    def decide(self, snapshot: Snapshot) -> None:
         """Fail if a tensor has changed since save()."""
-        what = self.begun()[0].changed()
+        what = snapshot.changed()
         if what is not None:
             self.fail(
                 TornStateError(
@@ -118,6 +130,7 @@ class Save:
         """Whatever came of it, it is over."""
         self.checked.set()
         self.done.set()
+        self.snapshot = None  # a handle that is kept must not keep the arena
 
 
 class SaveHandle:
@@ -147,7 +160,7 @@ class SaveHandle:
         return self._save.done.is_set()
 
     def wait(self, timeout_s: float | None = None) -> SaveReport:
-        """Wait until durable. On the training thread, this fences too.
+        """Wait until durable. On the thread that saved, this fences too; on another, it waits for that.
 
         Raises:
             SaveError: it failed; the same as `error`.

@@ -19,7 +19,7 @@ from typing import Any
 
 from . import restore
 from .commit import CheckpointRoot
-from .errors import CorruptStepError, MismatchError, NoIntactStepError, StepNotFoundError
+from .errors import CorruptStepError, LoadError, MismatchError, NoIntactStepError, StepNotFoundError
 from .state import TrainingState
 from .steps import StepEntry
 from .tree import Matching
@@ -48,6 +48,13 @@ class Resume:
     metadata: Mapping[str, Any]
 
 
+_LISTINGS = 3  # in a row without a step to try, before we believe that there is none
+
+
+def _attempt_of(entry: StepEntry) -> tuple[int, str]:
+    return entry.step, entry.manifest.attempt if entry.manifest is not None else ""
+
+
 class Loader:
     """Loads steps under a root into one training state.
 
@@ -62,27 +69,30 @@ class Loader:
 
     def latest(self, strict: bool, trusted: bool) -> Resume | None:
         """See `AsyncCheckpointer.load_latest`."""
-        candidates = self._root.candidates()
-        if not candidates and not self._root.ever_committed():
-            return None
         passed_over: list[str] = []
         tried: set[tuple[int, str]] = set()
-        while candidates:
-            entry = candidates.pop(0)
-            attempt = (entry.step, entry.manifest.attempt if entry.manifest is not None else "")
-            if attempt in tried:
-                continue
-            tried.add(attempt)
+        while (entry := self._next(tried)) is not None:
+            tried.add(_attempt_of(entry))
             try:
                 return self._load(entry, strict, trusted, tuple(passed_over))
             except (CorruptStepError, StepNotFoundError) as error:
                 _log.warning("step %d is passed over: %s", entry.step, error)
                 passed_over.append(f"step {entry.step}: {error}")
-                if isinstance(error, StepNotFoundError):
-                    candidates = self._root.candidates()  # another run's retention overtook us
+        if not tried and not self._root.ever_committed():
+            self._root.refuse_other_layout()
+            return None
         reasons = "\n  ".join(passed_over) or "all were abandoned or removed"
         self.must_load = f"no step under {self._root.path} is good"
         raise NoIntactStepError(f"no step under {self._root.path} is good:\n  {reasons}")
+
+    def _next(self, tried: set[tuple[int, str]]) -> StepEntry | None:
+        """The best step not tried yet. The root is listed anew each time: retention of the run that owns it
+        may overtake us, and a listing in which all has just vanished is no proof that nothing is there."""
+        for _ in range(_LISTINGS):
+            for entry in self._root.candidates():
+                if _attempt_of(entry) not in tried:
+                    return entry
+        return None
 
     def step(self, step: int, strict: bool, trusted: bool, verify_first: bool) -> Resume:
         """See `AsyncCheckpointer.load`."""
@@ -97,6 +107,8 @@ class Loader:
         verify_first: bool = False,
     ) -> Resume:
         began_s = time.perf_counter()
+        if entry.too_new:
+            raise LoadError(f"{entry.problem}")
         if entry.problem is not None:
             raise CorruptStepError(str(entry.path), entry.problem)
         listed = None
@@ -130,6 +142,8 @@ class Loader:
             damage = restore.find_damage(files)
             if damage is not None:
                 raise damage from error
+            if isinstance(error, OSError | OverflowError | LookupError | TypeError | ValueError):
+                raise CorruptStepError(str(files.directory), f"cannot be read: {error}") from error
             raise
         lines = list(matching.differences)
         missing, unexpected = list(matching.missing), list(matching.unexpected)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch.nn.parameter import is_lazy
 
 _FLOOR_NBYTES = 64 << 20
 _STATE_PER_MODEL = 4  # weights, two moments of Adam, and room; a state that is larger streams through
@@ -18,9 +19,11 @@ def default_host_memory_bytes(model: object, optimized: bool) -> int:
     """
     model_nbytes = 0
     if isinstance(model, torch.nn.Module):
-        model_nbytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        tensors = (t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t))
+        model_nbytes = sum(t.numel() * t.element_size() for t in tensors)
     wanted = _FLOOR_NBYTES + model_nbytes * (_STATE_PER_MODEL if optimized else 1)
-    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1))
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    ranks = max(1, int(told)) if told.isdigit() else 1
     return max(_FLOOR_NBYTES, min(wanted, available_bytes() // 4 // ranks))
 
 
@@ -45,8 +48,16 @@ def _left(cgroup: Path, limit: str, usage: str) -> int:
     for folder in (cgroup, *cgroup.parents):  # every ancestor limits too
         words = [*_lines(folder / limit), *_lines(folder / usage)]
         if len(words) == 2 and words[0].isdigit() and words[1].isdigit():
-            left = min(left, max(0, int(words[0]) - int(words[1])))
+            used = int(words[1]) - _cache(folder / "memory.stat")
+            left = min(left, max(0, int(words[0]) - used))
     return left
+
+
+def _cache(stat: Path) -> int:
+    """Page cache that counts as used and is given up when somebody asks."""
+    found = dict(line.split() for line in _lines(stat) if len(line.split()) == 2)
+    prefix = "total_" if "total_inactive_file" in found else ""  # version 1 sums children only there
+    return sum(int(found.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
 
 
 def _lines(path: Path) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 from .errors import LeafError
 from .formats import distcp, torch_zip
 from .formats.image import FileImage, ImageBuilder
-from .formats.pickles import Pickled, pickle_tree
+from .formats.pickles import BadPickleError, Pickled, StorageRef, find_inert, pickle_tree, unpickle
 from .formats.refs import span_elements
 from .layouts.dcp import METADATA_PATH, data_path
 from .layouts.megatron import model_path
@@ -36,17 +36,24 @@ class WritePlan:
         images: one per file; their sources are numbered over all files.
         slots: capacity in bytes of each pickle; the pickles are the first sources.
         names: what each source is called in messages.
+        untrusted: (leaf, class) of python leaves that load only with trusted=True.
         signature: plans with equal signatures are equal.
     """
 
     images: tuple[FileImage, ...]
     slots: tuple[int, ...]
     names: tuple[str, ...]
+    untrusted: tuple[tuple[str, str], ...]
     signature: object
 
     def directories(self) -> set[str]:
         """Directories of the files, below the step's own."""
         return {image.path.rpartition("/")[0] for image in self.images} - {""}
+
+    @property
+    def pickled_nbytes(self) -> int:
+        """Bytes of all pickles, padded."""
+        return sum(self.slots)
 
     @property
     def nbytes(self) -> int:
@@ -176,7 +183,10 @@ class DcpPlanner(_Cache):
         unique: list[torch.Tensor] = []
         forms: list[tuple[Any, ...]] = []
         for leaf, tensor in tensors:
-            form = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+            form = (
+                tensor.dtype, tensor.shape, tensor.stride(),
+                tensor.requires_grad, tensor.is_conj(), tensor.is_neg(),
+            )  # fmt: skip
             item = items.setdefault((tensor.data_ptr() or id(tensor), form), len(unique))
             if item == len(unique):
                 unique.append(tensor)
@@ -224,7 +234,26 @@ class DcpPlanner(_Cache):
         place = {name: index for index, name in enumerate(paths)}  # loading finds the tree's own order
         metadata = ImageBuilder(METADATA_PATH)
         metadata.literal(distcp.metadata_bytes(sorted(entries, key=lambda entry: place[entry.fqn]), paths))
-        return WritePlan((builder.build(), metadata.build()), tuple(slots), tuple(names), signature)
+        untrusted = tuple(
+            (leaf.name + path, kind)
+            for leaf, pickled in zip(others, pickles, strict=True)
+            for path, kind in _inert_in(pickled)
+        )
+        images = (builder.build(), metadata.build())
+        return WritePlan(images, tuple(slots), tuple(names), untrusted, signature)
+
+
+def _inert_in(pickled: Pickled) -> list[tuple[str, str]]:
+    """The first object in it that a load will not bring back by itself."""
+
+    def storage(key: str, dtype: torch.dtype, location: str, nbytes: int) -> StorageRef:
+        return StorageRef(0, nbytes, key, dtype, location)
+
+    try:
+        found = find_inert(unpickle(pickled.data, storage))
+    except BadPickleError as error:
+        return [("", str(error))]
+    return [found] if found is not None else []
 
 
 def _check_storable(leaf: Leaf) -> None:
@@ -267,4 +296,5 @@ class MegatronPlanner(_Cache):
         builder = ImageBuilder(model_path())
         storages = [(1 + index, nbytes) for index, nbytes in enumerate(signature)]
         torch_zip.lay_out(builder, torch_zip.stem_of(builder.path), (0, slot), storages)
-        return WritePlan((builder.build(),), (slot,), ("data.pkl", *names), signature)
+        untrusted = tuple((f"state{path}", kind) for path, kind in _inert_in(pickled))
+        return WritePlan((builder.build(),), (slot,), ("data.pkl", *names), untrusted, signature)

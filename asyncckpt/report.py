@@ -18,6 +18,7 @@ class SaveReport:
         phases: seconds from the call of save() until each phase was reached: planned, captured,
             submitted, released, written, checked, manifest, renamed, durable, ...
         captured_nbytes: copied inside save(), because training may change it before the next fence.
+        pickled_nbytes: of python leaves, which are copied too; they come on top of `host_memory`.
         starved_s: how long copying waited for a free chunk: the disk's backpressure.
         replanned: whether the layout of the files had to be made for this save.
         direct: whether all of it was written with O_DIRECT.
@@ -30,6 +31,7 @@ class SaveReport:
     durable_s: float | None = None
     phases: dict[str, float] = field(default_factory=dict)
     captured_nbytes: int = 0
+    pickled_nbytes: int = 0
     starved_s: float = 0.0
     replanned: bool = False
     direct: bool = False

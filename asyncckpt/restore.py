@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 import stat
+import zlib
+from bisect import bisect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,10 +73,7 @@ class StepFiles:
 
     def nbytes(self, name: str) -> int:
         """Size of a file in bytes."""
-        status = os.fstat(self._open(name))
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptStepError(self.path(name), "not a regular file")
-        size = status.st_size
+        size = os.fstat(self._open(name)).st_size
         if self.entries is not None and size != self.entries[name].nbytes:
             raise CorruptStepError(self.path(name), f"{self.entries[name].nbytes} bytes expected, got {size}")
         return size
@@ -84,9 +83,24 @@ class StepFiles:
         fd = self._open(name)
 
         def read(offset: int, nbytes: int) -> bytes:
-            return os.pread(fd, nbytes, offset)
+            pieces = [os.pread(fd, nbytes, offset)]
+            while pieces[-1] and sum(map(len, pieces)) < nbytes:  # the kernel stops short of 2 GiB
+                done = sum(map(len, pieces))
+                pieces.append(os.pread(fd, nbytes - done, offset + done))
+            return b"".join(pieces)
 
         return read
+
+    def content(self, name: str) -> bytes:
+        """The whole of a file, each block checked where there is a manifest."""
+        data = self.reader(name)(0, self.nbytes(name))
+        entry = self.entries[name] if self.entries is not None else None
+        for block, crc in enumerate(entry.block_crcs if entry is not None else ()):
+            begin = block * (entry.block_nbytes if entry is not None else 0)
+            got = zlib.crc32(data[begin : begin + (entry.block_nbytes if entry is not None else 0)])
+            if got != crc:
+                raise CorruptStepError(self.path(name), f"CRC-32 {crc:08x} expected, got {got:08x}", block)
+        return data
 
     def _open(self, name: str) -> int:
         if name not in self._fds:
@@ -97,6 +111,8 @@ class StepFiles:
                 if isinstance(error, FileNotFoundError) and not self.directory.exists():
                     raise StepNotFoundError(f"{self.directory} was deleted while it was read") from None
                 raise CorruptStepError(path, f"cannot be opened: {error.strerror}") from error
+            if not stat.S_ISREG(os.fstat(self._fds[name]).st_mode):
+                raise CorruptStepError(path, "not a regular file")
         return self._fds[name]
 
 
@@ -118,9 +134,9 @@ def read_tree(files: StepFiles, layout: str, *, trusted: bool = False) -> dict[s
 def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-    metadata_nbytes = files.nbytes(METADATA_PATH)
+    content = files.content(METADATA_PATH)
     try:
-        metadata = distcp.read_metadata(files.reader(METADATA_PATH)(0, metadata_nbytes), trusted=trusted)
+        metadata = distcp.read_metadata(content, trusted=trusted)
     except ValueError as error:
         raise CorruptStepError(files.path(METADATA_PATH), str(error)) from error
     places: dict[str, list[tuple[Any, Any]]] = {}
@@ -162,8 +178,7 @@ def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
         if dtypes != {described.properties.dtype}:
             raise CorruptStepError(files.path(METADATA_PATH), f"{name}: dtype differs from its items")
         tensor = StoredTensor(described.properties.dtype, tuple(described.size), tuple(stored))
-        covered = sum(_elements(part.shape) for part in tensor.parts)
-        if covered != _elements(tensor.shape):
+        if not _tile(tensor):
             raise CorruptStepError(files.path(METADATA_PATH), f"{name}: its chunks do not tile it")
         return tensor
 
@@ -175,6 +190,24 @@ def _inside(offsets: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, 
     return len(offsets) == len(shape) == len(whole) and all(
         0 <= offset <= size - length for offset, length, size in zip(offsets, shape, whole, strict=True)
     )
+
+
+def _tile(tensor: StoredTensor) -> bool:
+    """Whether the parts cover the tensor, each element once; they lie inside it."""
+    if sum(_elements(part.shape) for part in tensor.parts) != _elements(tensor.shape):
+        return False
+    # As many elements as the whole: it is covered unless two parts overlap.
+    parts = sorted((part for part in tensor.parts if _elements(part.shape)), key=lambda part: part.offsets)
+    for index, one in enumerate(parts):
+        for other in parts[index + 1 :]:
+            if one.offsets and other.offsets[0] >= one.offsets[0] + one.shape[0]:
+                break  # sorted: neither do those that follow reach back
+            if all(
+                a < b + n and b < a + m
+                for a, m, b, n in zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
+            ):
+                return False
+    return True
 
 
 def _elements(shape: tuple[int, ...]) -> int:
@@ -262,6 +295,7 @@ def read_tensors(
     late: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, what is read aside for it)
     repeats: list[tuple[torch.Tensor, torch.Tensor]] = []
     seen: dict[StoredPart, torch.Tensor] = {}
+    taken: list[tuple[int, int]] = []  # memory that is read into directly, by address
     if not verify_only:
         for _, stored, live in reads:
             for part in stored.parts:
@@ -275,7 +309,7 @@ def read_tensors(
                     continue
                 seen[part] = target
                 memory = target
-                if not _takes_span(target, part):
+                if not _takes_span(target, part) or _overlaps(target, part.nbytes, taken):
                     memory = torch.empty_strided(part.shape, part.stride, dtype=stored.dtype)
                     late.append((target, _value(memory, part)))
                 reads_of_file = wanted.setdefault(part.file, _FileReads())
@@ -302,6 +336,17 @@ def _takes_span(target: torch.Tensor, part: StoredPart) -> bool:
         if here != 0:
             distinct *= size
     return span_elements(target.shape, target.stride()) == distinct  # no gaps
+
+
+def _overlaps(target: torch.Tensor, nbytes: int, taken: list[tuple[int, int]]) -> bool:
+    """Whether another tensor is read into this memory already: tied here, but not in the file. Threads
+    would mix the two; read aside, the later one wins. If not, the memory is taken from now on."""
+    begin, end = target.data_ptr(), target.data_ptr() + nbytes
+    place = bisect(taken, (begin, end))
+    if any(a < end and begin < b for a, b in taken[max(0, place - 1) : place + 1]):
+        return True
+    taken.insert(place, (begin, end))
+    return False
 
 
 def _value(stored: torch.Tensor, part: StoredPart) -> torch.Tensor:

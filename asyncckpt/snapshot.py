@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import _native
-from .errors import SaveError, TornStateError, WriteError
+from .errors import OptionError, SaveError, TornStateError, WriteError
 from .formats.image import NO_RECORD
 from .formats.manifest import FileEntry
 from .plan import Planned, WritePlan
@@ -37,6 +37,9 @@ class Guard:
     numpy or other aliases without a counter, by custom kernels, or by fused optimizers; the step fence
     keeps the last from mattering. `guard="full"` compares checksums instead of trusting counters.
 
+    Attributes:
+        storages: addresses of the storages that are at risk.
+
     Must be asked on the thread that trains: a counter moves after the bytes do, so another thread can
     see new bytes under an old version.
     """
@@ -44,16 +47,17 @@ class Guard:
     def __init__(self, live: list[tuple[str, torch.Tensor]]) -> None:
         # Aliases share the counter; they keep the memory when `tensor.data` is pointed elsewhere.
         self._watched = [
-            (name, alias := tensor.detach(), _version(alias), alias.data_ptr(), _storage_nbytes(alias))
+            (name, alias := tensor.detach(), _version(alias), alias.data_ptr(), *_storage(alias))
             for name, tensor in live
         ]
+        self.storages = frozenset(address for _, _, _, _, address, _ in self._watched if address)
 
     def changed(self) -> str | None:
         """The first tensor that changed and how; None if none did."""
-        for name, tensor, version, address, nbytes in self._watched:
+        for name, tensor, version, address, *storage in self._watched:
             if _version(tensor) != version:
                 return f"{name} was written to"
-            if tensor.data_ptr() != address or _storage_nbytes(tensor) != nbytes:
+            if tensor.data_ptr() != address or [*_storage(tensor)] != storage:
                 return f"the storage of {name} was resized or replaced"
         return None
 
@@ -66,8 +70,9 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 -- there is no public name for it
 
 
-def _storage_nbytes(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().nbytes() if tensor.layout == torch.strided else 0
+def _storage(tensor: torch.Tensor) -> tuple[int, int]:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 # ---------------------------------------------------------------------------- engine
@@ -95,13 +100,19 @@ class Snapshot:
         """See `Guard.changed`."""
         return self._guard.changed()
 
+    @property
+    def storages(self) -> frozenset[int]:
+        """Addresses of the storages that training must not change yet."""
+        return self._guard.storages
+
     def wait_released(self, timeout_s: float) -> bool:
-        """Wait until training may change everything; lets go of the memory then."""
-        if not self._job.wait_released(timeout_s):
-            return False
+        """Wait until the engine will not read training's memory again; False when the time is up."""
+        return self._job.wait_released(timeout_s)
+
+    def let_go(self) -> None:
+        """Stop holding training's memory, once released and decided."""
         self._guard.release()
         self._held = None
-        return True
 
     @property
     def released(self) -> bool:
@@ -112,21 +123,19 @@ class Snapshot:
         """Give it up; `wait_written` raises."""
         self._job.abort()
 
-    def wait_written(self, timeout_s: float) -> bool:
-        """Wait until all files are synced; False when the time is up.
+    def wait_written(self) -> None:
+        """Wait until all files are synced.
 
         Raises:
             WriteError: the operating system refused.
             TornStateError: memory went away, or (`guard="full"`) bytes are not those of save().
         """
-        if not self._job.wait_finished(timeout_s):
-            return False
+        self._job.wait_finished()
         error = self._job.error
         if error is not None:
             raise self._translate(*error)
         if self._checksums is not None:
             self._compare(self._checksums)
-        return True
 
     def _translate(self, operation: str, path: str, offset: int, source: int, number: int) -> SaveError:
         if operation == "abort":
@@ -164,6 +173,11 @@ class Snapshot:
         """Whether all files were written with O_DIRECT."""
         return self._job.direct
 
+    @property
+    def checked_copies(self) -> bool:
+        """Whether memory that goes away fails the save; if not, it may end the process."""
+        return _native.copy_is_checked()
+
 
 class Stager:
     """The engine and its memory: turns plans into snapshots.
@@ -184,14 +198,19 @@ class Stager:
         chunk_nbytes = _CHUNK_NBYTES
         while chunk_nbytes > _CHUNK_NBYTES_MIN and chunk_nbytes * _CHUNKS_MIN > arena_nbytes:
             chunk_nbytes //= 2
-        self._engine = _native.Engine(
-            arena_nbytes=arena_nbytes,
-            chunk_nbytes=chunk_nbytes,
-            copiers=copiers or max(1, (os.cpu_count() or 1) // 4),
-            writers=writers,
-            direct=True,
-            prefault=True,
-        )
+        try:
+            self._engine = _native.Engine(
+                arena_nbytes=arena_nbytes,
+                chunk_nbytes=chunk_nbytes,
+                copiers=copiers or max(1, (os.cpu_count() or 1) // 4),
+                writers=writers,
+                direct=True,
+                prefault=True,
+            )
+        except MemoryError as error:
+            raise OptionError(f"host_memory: {host_memory_bytes} bytes cannot be had") from error
+        except RuntimeError as error:
+            raise OptionError(f"writers: {writers} threads cannot be had: {error}") from error
         self._full_guard = full_guard
         self._compiled: tuple[WritePlan, list[_native.Image]] | None = None
 
@@ -223,8 +242,3 @@ class Stager:
     def close(self) -> None:
         """Stop the engine; what is in flight fails."""
         self._engine.close()
-
-    @property
-    def forked(self) -> bool:
-        """Whether this process is a child of the one that made it: the threads are not here."""
-        return self._engine.forked

@@ -21,13 +21,14 @@ Guarantees:
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
-from .errors import OptionError
+from .errors import LeafError, OptionError
+from .formats.inert import brief
 from .tree import Matching, StoredTensor, describe, flatten
 
 
@@ -87,9 +88,30 @@ class ModelSection:
             else:
                 rest[key] = matching.fresh(f"{name}.{key}", stored[key])
         matching.unexpected += [f"{name}.{key}" for key in stored if key not in live]
-        if rest:
-            kwargs = {"strict": False} if isinstance(self.model, torch.nn.Module) else {}
-            matching.afterwards.append(lambda: self.model.load_state_dict(rest, **kwargs))
+        if not isinstance(self.model, torch.nn.Module):
+            matching.afterwards.append(lambda: self.model.load_state_dict(rest))
+        elif _minds_loading(self.model):
+            # Tensors are in place already; the module only hears of it, as it would from stock torch.
+            live.update(rest)
+            matching.afterwards.append(lambda: self.model.load_state_dict(live, strict=False))
+        elif rest:
+            matching.afterwards.append(lambda: self.model.load_state_dict(rest, strict=False))
+
+
+def _minds_loading(model: torch.nn.Module) -> bool:
+    """Whether some module of the user's does more on load_state_dict than take tensors."""
+    return any(
+        module._load_state_dict_post_hooks  # noqa: SLF001 -- there is no public way to ask
+        or module._load_state_dict_pre_hooks  # noqa: SLF001
+        or (
+            not type(module).__module__.startswith("torch.")
+            and (
+                type(module).load_state_dict is not torch.nn.Module.load_state_dict
+                or type(module)._load_from_state_dict is not torch.nn.Module._load_from_state_dict  # noqa: SLF001
+            )
+        )
+        for module in model.modules()
+    )
 
 
 def _by_key(stored: Any, live: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,9 +141,15 @@ class OptimizerSection:
 
     def capture(self) -> Any:
         names = self._named()
-        state = {
-            names[param]: dict(values) for param, values in self.optimizer.state.items() if param in names
-        }
+        state: dict[str, dict[str, Any]] = {}
+        for param, values in self.optimizer.state.items():
+            if param not in names or not isinstance(values, Mapping):
+                what = names.get(param, brief(param))
+                raise LeafError(
+                    f"state of {type(self.optimizer).__name__} under {what} is not a mapping that belongs to "
+                    f"a parameter; hand the optimizer over in extra, which goes by its state_dict()"
+                )
+            state[names[param]] = dict(values)
         groups = [
             {**group, "params": [names[param] for param in group["params"]]}
             for group in self.optimizer.param_groups
@@ -151,6 +179,8 @@ class OptimizerSection:
                 continue
             self._match_group(where, live_group, stored_group, matching)
         self._match_state(f"{name}.state", names, stored.get("state", {}), matching)
+        for hook in self.optimizer._optimizer_load_state_dict_post_hooks.values():  # noqa: SLF001
+            matching.afterwards.append(lambda hook=hook: hook(self.optimizer))  # type: ignore[misc]
 
     def _match_group(
         self, where: str, live: dict[str, Any], stored: Mapping[str, Any], matching: Matching
@@ -183,7 +213,7 @@ class OptimizerSection:
                     matching.into(leaf, value, here)
                     values[key] = here
                 else:
-                    if isinstance(value, StoredTensor) and not _plausible(key, value, param, here):
+                    if isinstance(value, StoredTensor) and not self._plausible(key, value, param, here):
                         matching.differences.append(
                             f"{leaf}: {describe(value.dtype, value.shape)} in the checkpoint does not fit "
                             f"a parameter of {describe(param.dtype, param.shape)}"
@@ -192,19 +222,20 @@ class OptimizerSection:
                     values[key] = matching.fresh(leaf, value, _lives_like(value, param, group_of[param]))
             matching.afterwards.append(lambda param=param, values=values: _replace(state, param, values))  # type: ignore[misc]
 
+    def _plausible(self, key: str, stored: StoredTensor, param: torch.Tensor, live: Any) -> bool:
+        """Whether `stored` can be the state `key` of this parameter."""
+        if not type(self.optimizer).__module__.startswith("torch.optim"):
+            return True  # its state may have any shape, and change it over time
+        if isinstance(live, torch.Tensor):
+            return False  # there is such a state, and it has another shape or dtype
+        return key not in _ELEMENTWISE or stored.shape in ((), tuple(param.shape))
+
 
 # State with one value for each element of its parameter, in the optimizers of torch.
 _ELEMENTWISE = frozenset(
     {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"}
     | {"acc_delta", "sum", "ax", "prev", "step_size", "master_param"}
 )
-
-
-def _plausible(key: str, stored: StoredTensor, param: torch.Tensor, live: Any) -> bool:
-    """Whether `stored` can be the state `key` of this parameter."""
-    if isinstance(live, torch.Tensor):
-        return False  # there is such a state, and it has another shape or dtype
-    return key not in _ELEMENTWISE or stored.shape in ((), tuple(param.shape))
 
 
 def _fits(live: torch.Tensor, stored: StoredTensor) -> bool:
@@ -270,7 +301,8 @@ class StatefulSection:
 
 
 class ValueSection:
-    """A plain mapping that the user handed over: saved as it is, updated in place on load."""
+    """A plain dict that the user handed over: on load, tensors and objects in it are filled in place, other
+    values are replaced; so is a tensor of another form, unless it is trained."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
@@ -284,6 +316,13 @@ class ValueSection:
         matching.unexpected += [f"{name}.{key}" for key in stored if key not in self.values]
         for key, value in stored.items():
             owner = self.values.get(key)
+            if (
+                isinstance(owner, torch.Tensor)
+                and isinstance(value, StoredTensor)
+                and (owner.requires_grad or _fits(owner, value))
+            ):
+                matching.into(f"{name}.{key}", value, owner.detach())
+                continue
             fresh = matching.fresh(f"{name}.{key}", value)
             if isinstance(owner, Stateful):
                 matching.afterwards.append(lambda owner=owner, fresh=fresh: owner.load_state_dict(fresh))  # type: ignore[misc]
@@ -422,14 +461,6 @@ class TrainingState:
             name for name in tree if name not in self.sections and name != "step"
         ]
         return matching
-
-    def parameters(self) -> Iterator[torch.Tensor]:
-        """Every parameter that a step of some optimizer would change under a save."""
-        if self.model is not None and isinstance(self.model.model, torch.nn.Module):
-            yield from self.model.model.parameters()
-        for optimizer in self.optimizers:
-            for group in getattr(optimizer, "param_groups", ()):
-                yield from group["params"]
 
 
 def _stateful(name: str, value: Any) -> Any:

@@ -15,10 +15,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import CorruptStepError, LoadError, RootError, StepNotFoundError
+from .errors import CorruptStepError, LoadError, OptionError, RootError, StepNotFoundError
 from .filesystem import Filesystem
 from .formats.manifest import FRAGMENT_PREFIX, MANIFEST_NAME, Fragment, Manifest
-from .layouts import Layout
+from .layouts import LAYOUTS, Layout
 
 ABANDONED_PREFIX = ".abandoned-"
 
@@ -34,6 +34,7 @@ class StepEntry:
     Attributes:
         manifest: None for a step of another tool, and for one whose manifest cannot be read.
         foreign: another tool wrote it: no manifest of ours is there.
+        too_new: a newer version of asyncckpt wrote it; nothing is wrong with it.
         problem: why it cannot be loaded, as far as a look at its manifest tells; None if it looks good.
     """
 
@@ -42,6 +43,7 @@ class StepEntry:
     manifest: Manifest | None
     foreign: bool
     problem: str | None
+    too_new: bool = False
 
     @property
     def ordinal(self) -> int | None:
@@ -104,6 +106,23 @@ class RootView:
     def ever_committed(self) -> bool:
         """Whether any step was ever finished here, damaged and abandoned ones included."""
         return any(entry.committed for entry in self.entries()) or bool(self._abandoned())
+
+    def refuse_other_layout(self) -> None:
+        """Raise OptionError if steps of ours lie here in another layout: somebody mixed them up."""
+        for other in LAYOUTS.values():
+            if other.name == self.layout.name:
+                continue
+            for name in self._names():
+                if other.parse_step(name) is not None and self._has_manifest(self.path / name):
+                    raise OptionError(
+                        f"{self.path} holds steps of layout {other.name!r}, not {self.layout.name!r}"
+                    )
+
+    def _has_manifest(self, path: Path) -> bool:
+        try:
+            return MANIFEST_NAME in self._fs.listdir(path)
+        except OSError:
+            return False
 
     def find(self, step: int) -> StepEntry:
         """The visible step of that number, damaged or not.
@@ -189,8 +208,10 @@ class RootView:
             return StepEntry(step, path, None, False, f"{MANIFEST_NAME} cannot be read: {problem}")
         try:
             manifest = Manifest.from_bytes(data, str(path / MANIFEST_NAME))
-        except LoadError as problem:
+        except CorruptStepError as problem:
             return StepEntry(step, path, None, False, str(problem))
+        except LoadError as problem:
+            return StepEntry(step, path, None, False, str(problem), too_new=True)
         wrong = None
         if manifest.step != step:
             wrong = f"{path} holds step {manifest.step}: it was renamed"

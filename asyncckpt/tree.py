@@ -7,8 +7,8 @@ tensor, or python that is pickled whole, whatever tensors it may hold inside.
 from __future__ import annotations
 
 import types
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -52,13 +52,16 @@ def flatten(tree: Mapping[str, Any]) -> list[Leaf]:
         names[name] = path
         leaves.append(Leaf(name, path, value))
 
-    for key, child in tree.items():
-        visit((key,), child)
+    try:
+        for key, child in tree.items():
+            visit((key,), child)
+    except RecursionError:
+        raise LeafError("the state refers to itself, or is nested too deeply to be saved") from None
     return leaves
 
 
 def _is_branch(value: Any) -> bool:
-    if isinstance(value, Mapping):
+    if type(value) in (dict, OrderedDict):  # others mean more than their items
         return bool(value) and all(type(key) is str for key in value)
     if type(value) is list:
         return any(isinstance(item, torch.Tensor) or _is_branch(item) for item in value)
@@ -113,7 +116,7 @@ def rebuilt(
             return value
         if id(value) in seen:
             return seen[id(value)]
-        if isinstance(value, Mapping) and hasattr(value, "copy"):
+        if isinstance(value, MutableMapping) and hasattr(value, "copy"):
             copy = value.copy()
             seen[id(value)] = copy
             for key, child in value.items():
@@ -128,6 +131,8 @@ def rebuilt(
             return value
         if isinstance(value, tuple):
             children = [visit(child) for child in value]
+            if all(new is old for new, old in zip(children, value, strict=True)):
+                return value
             return type(value)(*children) if hasattr(value, "_fields") else type(value)(children)
         if isinstance(value, deque):
             return deque((visit(child) for child in value), value.maxlen)
@@ -139,7 +144,10 @@ def rebuilt(
                 vars(value)[name] = visit(child)
         return value
 
-    return visit(value)
+    try:
+        return visit(value)
+    except RecursionError:
+        raise LeafError("a value is nested too deeply to be saved") from None
 
 
 _ATOMS = {str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device}

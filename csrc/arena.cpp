@@ -22,7 +22,12 @@ Arena::Arena(size_t chunks, size_t chunk_nbytes) : chunks_(chunks), chunk_nbytes
   ::madvise(base_, nbytes(), MADV_DONTDUMP);
 }
 
-Arena::~Arena() { ::munmap(base_, nbytes()); }
+Arena::~Arena() { release(); }
+
+void Arena::release() {
+  if (base_ != nullptr) ::munmap(base_, nbytes());
+  base_ = nullptr;
+}
 
 void Arena::prefault(const std::atomic<bool>& stop) {
   constexpr size_t kStep = size_t{32} << 20;  // small enough to stop soon

@@ -24,6 +24,9 @@ class Arena {
   size_t chunk_nbytes() const { return chunk_nbytes_; }
   size_t nbytes() const { return chunks_ * chunk_nbytes_; }
 
+  // Gives the memory back before the end; no chunk may be touched any more.
+  void release();
+
   // Makes the pages present, so that the first save need not; stops early when `stop` turns true.
   // Safe beside threads that already use the chunks.
   void prefault(const std::atomic<bool>& stop);

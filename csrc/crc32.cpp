@@ -218,7 +218,7 @@ uint32_t crc32(uint32_t crc, const void* data, size_t nbytes) {
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b) {
   // Appending n bytes multiplies what came before by x^(8n).
   for (size_t k = 3; nbytes_b != 0; nbytes_b >>= 1, ++k)
-    if (nbytes_b & 1) crc_a = multiply(kPowers[k], crc_a);
+    if (nbytes_b & 1) crc_a = multiply(kPowers[k % kPowers.size()], crc_a);
   return crc_a ^ crc_b;
 }
 

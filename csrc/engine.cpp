@@ -1,17 +1,18 @@
 #include "engine.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 
 #include "crc32.h"
 #include "device.h"
+#include "threads.h"
 
 namespace asyncckpt {
 namespace {
@@ -21,17 +22,6 @@ constexpr int kWritersNice = 5;
 
 double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-size_t round_up(size_t nbytes, size_t multiple) {
-  return (nbytes + multiple - 1) / multiple * multiple;
-}
-
-// Signals belong to the threads of the host program.
-void block_signals() {
-  sigset_t all;
-  sigfillset(&all);
-  pthread_sigmask(SIG_BLOCK, &all, nullptr);
 }
 
 }  // namespace
@@ -105,20 +95,23 @@ Engine::Engine(const EngineOptions& options)
       direct_(options.direct),
       owner_(::getpid()) {
   for (size_t index = arena_.chunks(); index-- > 0;) free_buffers_.push_back(index);
-  const auto start = [&](auto&& body) {
-    threads_.emplace_back([body] {
-      block_signals();
-      body();
-    });
-  };
-  for (unsigned i = 0; i < std::max(1u, options.copiers); ++i) start([this] { copy_loop(); });
-  for (unsigned i = 0; i < std::max(1u, options.writers); ++i) start([this] { write_loop(); });
-  if (options.prefault)
-    start([this] {
-      const double begin_s = now_s();
-      arena_.prefault(stop_prefault_);
-      prefault_s_ = now_s() - begin_s;
-    });
+  // Should a thread not be had (a limit on processes), the others must be joined before they are
+  // destroyed: else the program ends.
+  try {
+    for (unsigned i = 0; i < std::max(1u, options.copiers); ++i)
+      start_thread(threads_, [this] { copy_loop(); });
+    for (unsigned i = 0; i < std::max(1u, options.writers); ++i)
+      start_thread(threads_, [this] { write_loop(); });
+    if (options.prefault)
+      start_thread(threads_, [this] {
+        const double begin_s = now_s();
+        arena_.prefault(stop_prefault_);
+        prefault_s_ = now_s() - begin_s;
+      });
+  } catch (...) {
+    close();
+    throw;
+  }
 }
 
 Engine::~Engine() { close(); }
@@ -135,6 +128,7 @@ void Engine::close() {
   }
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
+  arena_.release();
 }
 
 bool Engine::forked() const { return ::getpid() != owner_; }
@@ -245,7 +239,12 @@ void Engine::copy_loop() {
     lock.unlock();
     int64_t failed_source = -1;
     uint64_t failed_offset = 0;
-    const int error_number = fill(*job, *chunk, &failed_source, &failed_offset);
+    int error_number = 0;
+    try {
+      error_number = fill(*job, *chunk, &failed_source, &failed_offset);
+    } catch (const std::bad_alloc&) {
+      error_number = ENOMEM;
+    }
     lock.lock();
 
     --job->filling_;

@@ -85,13 +85,10 @@ int File::write(const void* data, size_t nbytes, size_t padded_nbytes, uint64_t 
     if (direct_ && !direct) make_buffered();  // after a short write that ended off the grid
     size_t wanted = (direct ? padded_nbytes : nbytes) - *done;
     const faults::Outcome fault = faults::check(faults::Op::pwrite);
-    if (fault.error_number) {
-      if (fault.error_number == EINTR) continue;
-      return fault.error_number;
-    }
     if (fault.shortened && wanted > 1) wanted = direct ? kDirectAlignment : wanted / 2;
-    const ssize_t written =
-        ::pwrite(fd_, bytes + *done, wanted, static_cast<off_t>(offset + *done));
+    ssize_t written = -1;
+    if (fault.error_number != 0) errno = fault.error_number;
+    else written = ::pwrite(fd_, bytes + *done, wanted, static_cast<off_t>(offset + *done));
     if (written < 0) {
       if (errno == EINTR) continue;
       if (errno == EINVAL && direct) {
@@ -115,8 +112,9 @@ int File::read(void* data, size_t nbytes, size_t padded_nbytes, uint64_t offset)
     if (direct_ && !direct) make_buffered();
     const size_t wanted = (direct ? padded_nbytes : nbytes) - done;
     const faults::Outcome fault = faults::check(faults::Op::pread);
-    if (fault.error_number) return fault.error_number;
-    const ssize_t got = ::pread(fd_, bytes + done, wanted, static_cast<off_t>(offset + done));
+    ssize_t got = -1;
+    if (fault.error_number != 0) errno = fault.error_number;
+    else got = ::pread(fd_, bytes + done, wanted, static_cast<off_t>(offset + done));
     if (got < 0) {
       if (errno == EINTR) continue;
       if (errno == EINVAL && direct) {

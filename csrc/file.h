@@ -16,6 +16,10 @@ namespace asyncckpt {
 // device in use; the kernel refuses what does not fit and we fall back.
 constexpr size_t kDirectAlignment = 4096;
 
+constexpr size_t round_up(size_t nbytes, size_t multiple) {
+  return (nbytes + multiple - 1) / multiple * multiple;
+}
+
 class File {
  public:
   File() = default;

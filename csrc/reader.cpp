@@ -1,7 +1,6 @@
 #include "reader.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -10,15 +9,9 @@
 #include <stdexcept>
 
 #include "crc32.h"
+#include "threads.h"
 
 namespace asyncckpt {
-namespace {
-
-size_t round_up(size_t nbytes, size_t multiple) {
-  return (nbytes + multiple - 1) / multiple * multiple;
-}
-
-}  // namespace
 
 Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct)
     : files_(std::move(files)), direct_(direct) {
@@ -44,13 +37,14 @@ Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct)
   }
   first_block_.push_back(total);
   running_ = static_cast<size_t>(std::min<uint64_t>(std::max(1u, threads), total));
-  for (size_t i = 0, n = running_; i < n; ++i)
-    threads_.emplace_back([this] {
-      sigset_t all;
-      sigfillset(&all);
-      pthread_sigmask(SIG_BLOCK, &all, nullptr);
-      read_loop();
-    });
+  const size_t wanted = running_;
+  try {
+    for (size_t i = 0; i < wanted; ++i) start_thread(threads_, [this] { read_loop(); });
+  } catch (...) {
+    cancel();
+    for (std::thread& thread : threads_) thread.join();
+    throw;
+  }
 }
 
 Reading::~Reading() {
@@ -136,7 +130,6 @@ ReadError Reading::read_block(size_t index, uint64_t block, char* buffer) {
     return {ReadError::Kind::size, "pread", file.path, block, 0, begin + nbytes, begin};
   if (error_number != 0)
     return {ReadError::Kind::os, "pread", file.path, block, error_number, 0, 0};
-  bytes_read_ += nbytes;
   if (!file.block_crcs.empty()) {
     const uint32_t crc = crc32(0, buffer, nbytes);
     if (crc != file.block_crcs[block])

@@ -52,7 +52,6 @@ class Reading {
   bool wait(double timeout_s);  // true when no thread works any more
   void cancel();
   ReadError error();  // of those found, the one in the lowest block of the first file
-  uint64_t bytes_read() const { return bytes_read_; }
 
  private:
   struct Opened {
@@ -71,7 +70,6 @@ class Reading {
   const bool direct_;
   size_t buffer_nbytes_ = 0;
   std::atomic<uint64_t> next_block_{0};
-  std::atomic<uint64_t> bytes_read_{0};
   std::atomic<bool> stopping_{false};
   std::mutex mutex_;
   std::condition_variable finished_;

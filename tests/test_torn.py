@@ -453,9 +453,16 @@ def test_a_parameter_group_added_later_is_fenced(tmp_path: Path) -> None:
             handle = checkpointer.save(2)
             reached()
             before = checkpointer.fenced
+            old = late.detach().clone()
             torch.optim.SGD([late], lr=1.0).step()
+            assert checkpointer.fenced == before  # what is in `extra` was copied: nothing to wait for
+            optimizer.step()
             assert checkpointer.fenced == before + 1
         handle.wait()
+    loaded = {"late": torch.empty(64, 64)}
+    with AsyncCheckpointer(tmp_path, extra=loaded, save_rng=False, read_only=True) as reader:
+        reader.load(2, strict=False)
+    assert torch.equal(loaded["late"], old)
 
 
 def test_optimizers_that_step_during_backward(tmp_path: Path) -> None:
