@@ -49,6 +49,7 @@ from .state import TrainingState
 _log = logging.getLogger(__name__)
 
 _WRITERS_MAX = 256  # arbitrary; far more than any disk rewards
+_FOREVER_S = 1e8  # three years; clocks overflow far beyond
 _PROGRESS_INTERVAL_S = 0.1
 _EXIT_UNREPORTED = 70  # EX_SOFTWARE: a failed save that nobody heard of must not look like success
 
@@ -124,9 +125,10 @@ class AsyncCheckpointer:
             raise OptionError(f"host_memory is a number of bytes, at least 65536; got {host_memory!r}")
         if host_memory is not None and host_memory > (available := memory.available_bytes()):
             raise OptionError(f"host_memory: {host_memory} bytes, but only {available} are available")
-        if isinstance(fence_timeout_s, bool | str) or not fence_timeout_s > 0:
+        is_number = isinstance(fence_timeout_s, int | float) and not isinstance(fence_timeout_s, bool)
+        if not (is_number and fence_timeout_s > 0):
             raise OptionError(f"fence_timeout_s is a positive number of seconds; got {fence_timeout_s!r}")
-        fence_timeout_s = min(fence_timeout_s, threading.TIMEOUT_MAX)
+        fence_timeout_s = min(float(fence_timeout_s), _FOREVER_S)
         if writers > _WRITERS_MAX:
             raise OptionError(f"writers: at most {_WRITERS_MAX}, got {writers}")
         self._state = TrainingState(
@@ -170,6 +172,7 @@ class AsyncCheckpointer:
             self._fence = StepFence(
                 fence=self.fence,
                 at_risk=self._at_risk,
+                optimizers=self._state.optimizers,
                 model=model,
             )
             self._committer = Committer(
@@ -335,6 +338,7 @@ class AsyncCheckpointer:
     def _settle(self, save: Save, timeout_s: float | None) -> None:
         if os.getpid() != self._pid:
             raise ForkedError("this save belongs to the parent process")
+        timeout_s = None if timeout_s is None else min(timeout_s, _FOREVER_S)
         mine = save.thread == threading.get_ident()
         if mine and not save.done.is_set() and not save.checked.is_set():
             snapshot = save.snapshot
@@ -449,9 +453,10 @@ class AsyncCheckpointer:
             self.fence()
             self._drain()
         finally:
-            for save in self._in_flight():  # only after an interruption: they must not hold up the end
-                save.fail(SaveError(f"step {save.step} was not saved: the checkpointer was closed"))
-                save.checked.set()
+            for save in self._in_flight():
+                if not save.checked.is_set():  # after an interruption: it must not hold up the end
+                    save.fail(SaveError(f"step {save.step} was not saved: the checkpointer was closed"))
+                    save.checked.set()
             committer.stop()
             self._fence.remove()
             self._stager.close()
@@ -501,9 +506,12 @@ class AsyncCheckpointer:
 
 
 def _as_step(step: Any) -> int:
-    if isinstance(step, bool) or not hasattr(step, "__index__"):
-        raise OptionError(f"step must be an int, got {step!r}")
-    return operator.index(step)
+    try:
+        if isinstance(step, bool):
+            raise TypeError
+        return operator.index(step)
+    except TypeError:
+        raise OptionError(f"step must be an int, got {step!r}") from None
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

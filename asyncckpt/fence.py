@@ -21,14 +21,20 @@ class StepFence:
     Args:
         at_risk: addresses of the storages that saves in flight have not copied yet; asked at every
             optimizer step.
+        optimizers: whose state is saved: their steps change that, whatever their parameters are.
         model: whose forward changes buffers.
     """
 
     def __init__(
-        self, fence: Callable[[], None], at_risk: Callable[[], Iterable[frozenset[int]]], model: Any
+        self,
+        fence: Callable[[], None],
+        at_risk: Callable[[], Iterable[frozenset[int]]],
+        optimizers: Iterable[Any],
+        model: Any,
     ) -> None:
         self._fence = fence
         self._at_risk = at_risk
+        self._optimizers = list(optimizers)
         self._model = model
         self._pid = os.getpid()
         # Not traced: a hook with side effects inside a compiled step runs into the recompile limit.
@@ -55,8 +61,10 @@ class StepFence:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         at_risk = list(self._at_risk())
-        if at_risk and self._pid == os.getpid() and _touches(optimizer, at_risk):
-            self._fence()
+        if at_risk and self._pid == os.getpid():
+            ours = any(optimizer is one for one in self._optimizers)
+            if ours or _touches(optimizer, at_risk):
+                self._fence()
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
         if self._pid == os.getpid():

@@ -48,7 +48,7 @@ def _left(cgroup: Path, limit: str, usage: str) -> int:
     for folder in (cgroup, *cgroup.parents):  # every ancestor limits too
         words = [*_lines(folder / limit), *_lines(folder / usage)]
         if len(words) == 2 and words[0].isdigit() and words[1].isdigit():
-            used = int(words[1]) - _cache(folder / "memory.stat")
+            used = max(0, int(words[1]) - _cache(folder / "memory.stat"))
             left = min(left, max(0, int(words[0]) - used))
     return left
 

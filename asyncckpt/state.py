@@ -457,9 +457,8 @@ class TrainingState:
                 section.match(name, tree[name], matching)
             else:
                 matching.missing_sections.append(name)
-        matching.unexpected_sections += [
-            name for name in tree if name not in self.sections and name != "step"
-        ]
+        known = {*self.sections, "step", "rng"}  # generators may be left alone: save_rng=False
+        matching.unexpected_sections += [name for name in tree if name not in known]
         return matching
 
 

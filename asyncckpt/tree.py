@@ -89,15 +89,16 @@ def unflatten(leaves: Iterator[tuple[Path, Any]]) -> dict[str, Any]:
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested mappings, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for child in value.values():
-            yield from tensors_in(child)
-    elif isinstance(value, list | tuple):
-        for child in value:
-            yield from tensors_in(child)
+    """Every tensor in nested mappings, lists and tuples, in their order; also if they contain themselves."""
+    seen: set[int] = set()
+    rest = [value]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            rest += reversed(list(value.values()) if isinstance(value, Mapping) else value)
 
 
 def rebuilt(
@@ -133,7 +134,10 @@ def rebuilt(
             children = [visit(child) for child in value]
             if all(new is old for new, old in zip(children, value, strict=True)):
                 return value
-            return type(value)(*children) if hasattr(value, "_fields") else type(value)(children)
+            copy = tuple.__new__(type(value), children)  # whatever its own constructor asks for
+            if hasattr(value, "__dict__"):
+                vars(copy).update(vars(value))
+            return copy
         if isinstance(value, deque):
             return deque((visit(child) for child in value), value.maxlen)
         if isinstance(value, set | frozenset):
