@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import operator
 import os
 import sys
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from . import memory
+from . import memory, options
 from .capture import capture, capture_hidden
 from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
 from .committer import HEARTBEAT_S, Committer
@@ -48,8 +47,6 @@ from .state import TrainingState
 
 _log = logging.getLogger(__name__)
 
-_WRITERS_MAX = 256  # arbitrary; far more than any disk rewards
-_FOREVER_S = 1e8  # three years; clocks overflow far beyond
 _PROGRESS_INTERVAL_S = 0.1
 _EXIT_UNREPORTED = 70  # EX_SOFTWARE: a failed save that nobody heard of must not look like success
 
@@ -115,22 +112,16 @@ class AsyncCheckpointer:
         read_only: bool = False,
         on_phase: PhaseObserver | None = None,
     ) -> None:
-        _check_choice("on_error", on_error, ("raise", "warn"))
-        _check_choice("guard", guard, ("versions", "full"))
-        _check_choice("when_busy", when_busy, ("wait", "skip"))
-        _check_positive(
+        options.check_choice("on_error", on_error, ("raise", "warn"))
+        options.check_choice("guard", guard, ("versions", "full"))
+        options.check_choice("when_busy", when_busy, ("wait", "skip"))
+        options.check_positive(
             writers=writers, max_in_flight=max_in_flight, keep_last=keep_last, keep_every=keep_every
         )
-        if not (host_memory is None or _is_whole(host_memory, at_least=1 << 16)):
-            raise OptionError(f"host_memory is a number of bytes, at least 65536; got {host_memory!r}")
-        if host_memory is not None and host_memory > (available := memory.available_bytes()):
-            raise OptionError(f"host_memory: {host_memory} bytes, but only {available} are available")
-        is_number = isinstance(fence_timeout_s, int | float) and not isinstance(fence_timeout_s, bool)
-        if not (is_number and fence_timeout_s > 0):
-            raise OptionError(f"fence_timeout_s is a positive number of seconds; got {fence_timeout_s!r}")
-        fence_timeout_s = min(float(fence_timeout_s), _FOREVER_S)
-        if writers > _WRITERS_MAX:
-            raise OptionError(f"writers: at most {_WRITERS_MAX}, got {writers}")
+        host_memory = options.as_host_memory(host_memory)
+        fence_timeout_s = options.as_timeout("fence_timeout_s", fence_timeout_s)
+        if writers > options.WRITERS_MAX:
+            raise OptionError(f"writers: at most {options.WRITERS_MAX}, got {writers}")
         self._state = TrainingState(
             model=model,
             optimizer=optimizer,
@@ -203,7 +194,7 @@ class AsyncCheckpointer:
             ClosedError, ForkedError.
         """
         self._check_usable()
-        save = Save(_as_step(step), self._on_phase)
+        save = Save(options.as_step(step), self._on_phase)
         if self._committer is None:
             raise RootError("this checkpointer is read_only")
         if self._loader.must_load is not None:
@@ -338,7 +329,7 @@ class AsyncCheckpointer:
     def _settle(self, save: Save, timeout_s: float | None) -> None:
         if os.getpid() != self._pid:
             raise ForkedError("this save belongs to the parent process")
-        timeout_s = None if timeout_s is None else min(timeout_s, _FOREVER_S)
+        timeout_s = None if timeout_s is None else min(timeout_s, options.FOREVER_S)
         mine = save.thread == threading.get_ident()
         if mine and not save.done.is_set() and not save.checked.is_set():
             snapshot = save.snapshot
@@ -424,7 +415,7 @@ class AsyncCheckpointer:
         Raises:
             StepNotFoundError, CorruptStepError; MismatchError and UntrustedError as in load_latest().
         """
-        _check_choice("verify", verify, ("during", "before"))
+        options.check_choice("verify", verify, ("during", "before"))
         self._check_usable()
         self.fence()
         self._drain()
@@ -503,27 +494,3 @@ class AsyncCheckpointer:
     def plans_made(self) -> int:
         """How often the layout of the files had to be made: once per structure of the state."""
         return self._planner.plans_made if self._committer is not None else 0
-
-
-def _as_step(step: Any) -> int:
-    try:
-        if isinstance(step, bool):
-            raise TypeError
-        return operator.index(step)
-    except TypeError:
-        raise OptionError(f"step must be an int, got {step!r}") from None
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OptionError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
-def _is_whole(value: object, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-
-
-def _check_positive(**options: int | None) -> None:
-    for name, value in options.items():
-        if not (value is None or _is_whole(value, at_least=1)):
-            raise OptionError(f"{name} must be a positive whole number, got {value!r}")

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable
 
 from .commit import CheckpointRoot
-from .errors import CheckpointError, SaveError
+from .errors import CheckpointError, RootError, SaveError
 from .inflight import Save
 from .lease import RootLease
 
@@ -104,7 +104,7 @@ class Committer:
             visible = visible or phase == "renamed"
             save.mark(phase)
             if phase == "manifest":
-                self._lease.check()  # the last look: a suspended process may have lost it meanwhile
+                self._check_lease(save)  # the last look: a suspended process may have lost it meanwhile
 
         try:
             snapshot.wait_written()
@@ -130,6 +130,12 @@ class Committer:
                 save.mark("retained")
         except CheckpointError as error:
             _log.warning("older steps could not be removed, the next save tries again: %s", error)
+
+    def _check_lease(self, save: Save) -> None:
+        try:
+            self._lease.check()
+        except RootError as error:
+            raise SaveError(f"step {save.step} was not saved: {error}") from error
 
     def _end(self, save: Save) -> None:
         try:

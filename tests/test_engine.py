@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -155,26 +154,6 @@ def test_short_writes_and_interruptions_are_completed(tmp_path: Path) -> None:
         assert job.error is None
         assert (tmp_path / f"d{direct}").read_bytes() == image.render([array.tobytes()])
         _native.faults.disarm()
-
-
-def test_a_device_that_refuses_direct_writes_gets_buffered_ones(tmp_path: Path) -> None:
-    engine = make_engine(4)
-    image, array = big_image(9 * CHUNK + 5)
-    _native.faults.arm(Op.open, 0, Kind.error, 0)  # control: an armed fault without error does nothing
-    job = submit(engine, tmp_path, [image], [array])
-    assert job.wait_finished(30)
-    assert job.error is None
-    with contextlib.suppress(OSError):
-        shm = Path("/dev/shm") / f"asyncckpt-test-{os.getpid()}"  # noqa: S108 -- a tmpfs is the point
-        shm.mkdir()
-        try:
-            job = submit(engine, shm, [image], [array])
-            assert job.wait_finished(30)
-            assert job.error is None
-            assert (shm / "big").read_bytes() == image.render([array.tobytes()])
-        finally:
-            (shm / "big").unlink(missing_ok=True)
-            shm.rmdir()
 
 
 def test_a_source_that_went_away_fails_the_job_and_names_it(tmp_path: Path) -> None:

@@ -248,7 +248,9 @@ def test_a_replaced_parameter_is_fenced_for_an_optimizer_made_later(tmp_path: Pa
     first = adamw(*model.parameters())
     first.step()
     with Watched(tmp_path, model=model, optimizer=first, layout="megatron") as checkpointer:
-        checkpointer.save(1).wait()
+        handle, fenced = step_while_copying(checkpointer, 1, first)  # the fence has seen the parameters now
+        assert fenced == 1
+        handle.wait()
         model.weight = nn.Parameter(torch.full((64, 64), 3.0))
         second = adamw(model.weight)
         handle, fenced = step_while_copying(checkpointer, 2, second)
