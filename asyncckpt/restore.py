@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import stat
 import zlib
-from bisect import bisect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,37 +291,56 @@ def read_tensors(
             half overwritten.
     """
     wanted: dict[str, _FileReads] = {name: _FileReads() for name in files.entries or ()}
-    late: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, what is read aside for it)
-    repeats: list[tuple[torch.Tensor, torch.Tensor]] = []
-    seen: dict[StoredPart, torch.Tensor] = {}
-    taken: list[tuple[int, int]] = []  # memory that is read into directly, by address
-    if not verify_only:
-        for _, stored, live in reads:
-            for part in stored.parts:
-                target = live
-                for dim, (offset, size) in enumerate(zip(part.offsets, part.shape, strict=True)):
-                    target = target.narrow(dim, offset, size)
-                if part.nbytes == 0:
-                    continue
-                if part in seen:  # one item under several names: read once, copied after
-                    repeats.append((seen[part], target))
-                    continue
-                seen[part] = target
-                memory = target
-                if not _takes_span(target, part) or _overlaps(target, part.nbytes, taken):
-                    memory = torch.empty_strided(part.shape, part.stride, dtype=stored.dtype)
-                    late.append((target, _value(memory, part)))
-                reads_of_file = wanted.setdefault(part.file, _FileReads())
-                reads_of_file.offsets.append(part.data_offset)
-                reads_of_file.sizes.append(part.nbytes)
-                reads_of_file.addresses.append(memory.data_ptr())
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, from); in order, so that the last wins
+    values: dict[StoredPart, torch.Tensor] = {}  # where each item is read to: once, whatever its names
+    targets = [] if verify_only else [(p, t) for _, s, live in reads for p, t in _targets(s, live)]
+    contested = _contested(targets)
+    for index, (part, target) in enumerate(targets):
+        if part not in values:
+            memory = target
+            if index in contested or not _takes_span(target, part):
+                memory = torch.empty_strided(part.shape, part.stride, dtype=target.dtype)
+            values[part] = target if memory is target else _value(memory, part)
+            reads_of_file = wanted.setdefault(part.file, _FileReads())
+            reads_of_file.offsets.append(part.data_offset)
+            reads_of_file.sizes.append(part.nbytes)
+            reads_of_file.addresses.append(memory.data_ptr())
+        if values[part] is not target:
+            copies.append((target, values[part]))
     _run(files, wanted)
     with torch.no_grad():
-        for target, aside in late:
-            _copy(target, aside)
-        for source, target in repeats:
-            if source.data_ptr() != target.data_ptr():
-                _copy(target, source)
+        for target, value in copies:
+            if target.data_ptr() != value.data_ptr():
+                _copy(target, value)
+
+
+def _targets(stored: StoredTensor, live: torch.Tensor) -> Iterator[tuple[StoredPart, torch.Tensor]]:
+    for part in stored.parts:
+        target = live
+        for dim, (offset, size) in enumerate(zip(part.offsets, part.shape, strict=True)):
+            target = target.narrow(dim, offset, size)
+        if part.nbytes:
+            yield part, target
+
+
+def _contested(targets: list[tuple[StoredPart, torch.Tensor]]) -> set[int]:
+    """Targets whose memory several stored items go to: tied here, but not in the file. They are read
+    aside, all of them: threads would mix the values, and copies from them would come too late."""
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + span_elements(t.shape, t.stride()) * t.element_size(), index)
+        for index, (_, t) in enumerate(targets)
+    )
+    contested: set[int] = set()
+    group: list[int] = []  # overlap each other, in a chain
+    reach = 0
+    for begin, end, index in [*spans, (1 << 64, 1 << 64, -1)]:
+        if begin >= reach:
+            if len({targets[i][0] for i in group}) > 1:
+                contested.update(group)
+            group = []
+        group.append(index)
+        reach = max(reach, end)
+    return contested
 
 
 def _takes_span(target: torch.Tensor, part: StoredPart) -> bool:
@@ -336,17 +354,6 @@ def _takes_span(target: torch.Tensor, part: StoredPart) -> bool:
         if here != 0:
             distinct *= size
     return span_elements(target.shape, target.stride()) == distinct  # no gaps
-
-
-def _overlaps(target: torch.Tensor, nbytes: int, taken: list[tuple[int, int]]) -> bool:
-    """Whether another tensor is read into this memory already: tied here, but not in the file. Threads
-    would mix the two; read aside, the later one wins. If not, the memory is taken from now on."""
-    begin, end = target.data_ptr(), target.data_ptr() + nbytes
-    place = bisect(taken, (begin, end))
-    if any(a < end and begin < b for a, b in taken[max(0, place - 1) : place + 1]):
-        return True
-    taken.insert(place, (begin, end))
-    return False
 
 
 def _value(stored: torch.Tensor, part: StoredPart) -> torch.Tensor:
