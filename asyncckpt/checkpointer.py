@@ -244,13 +244,15 @@ class AsyncCheckpointer:
         attempt = self._root.begin(save.step, attempt_id(self._incarnation, self._saves_begun), directories)
         try:
             save.submitting_s = save.elapsed_s()
+            save.attempt = attempt
             save.snapshot = self._stager.snapshot(planned, captured.live, attempt.path)
+            save.mark("submitted")
+            committer.take(save)
         except BaseException:
+            if save.snapshot is not None:  # interrupted: nobody else will end it
+                save.snapshot.abort()
             self._root.discard(attempt)
             raise
-        save.attempt = attempt
-        committer.take(save)
-        save.mark("submitted")
 
     def _check_step(self, step: int) -> None:
         for save in self._in_flight():
