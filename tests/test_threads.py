@@ -342,14 +342,19 @@ def test_an_interrupt_while_close_fences_does_not_hang(
     monkeypatch.setattr(Save, "decide", deciding)
     monkeypatch.setattr(Save, "fail", failing)
     checkpointer = AsyncCheckpointer(tmp_path, model=model, fence_timeout_s=ENOUGH_S)
-    with copying_held() as reached:
-        handle = checkpointer.save(1)
-        reached()
-        signaller = Worker(interrupt)
-        began_s = time.perf_counter()
-        with pytest.raises(KeyboardInterrupt):
-            checkpointer.close()
-        assert time.perf_counter() - began_s < ENOUGH_S / 2
+    # Where the test run itself was started in the background, SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with copying_held() as reached:
+            handle = checkpointer.save(1)
+            reached()
+            signaller = Worker(interrupt)
+            began_s = time.perf_counter()
+            with pytest.raises(KeyboardInterrupt):
+                checkpointer.close()
+            assert time.perf_counter() - began_s < ENOUGH_S / 2
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert signaller.ended()
     assert handle.done()
     assert isinstance(handle.error, SaveError)
