@@ -8,6 +8,10 @@ import numpy.typing as npt
 
 _Int64 = npt.NDArray[np.int64]
 _UInt64 = npt.NDArray[np.uint64]
+_Int32 = npt.NDArray[np.int32]
+
+class DeviceError(RuntimeError):
+    """A CUDA device or its driver refused; the message says what, and the driver's own reason."""
 
 class Image:
     """A FileImage, checked and compiled."""
@@ -25,6 +29,10 @@ def make_image(
 class Job:
     """One save in the engine. Keeps its engine alive."""
 
+    def wait_enqueued(self, timeout_s: float = ...) -> bool: ...
+    def hold_back(self, device: int, stream: int) -> None:
+        """Once enqueued. Raises DeviceError."""
+
     def wait_released(self, timeout_s: float = ...) -> bool: ...
     def wait_finished(self, timeout_s: float = ...) -> bool: ...
     def abort(self) -> None: ...
@@ -35,12 +43,12 @@ class Job:
     @property
     def direct(self) -> bool: ...
     @property
-    def error(self) -> tuple[str, str, int, int, int] | None:
-        """Operation, path, offset in file or -1, source or -1, errno."""
+    def error(self) -> tuple[str, str, int, int, int, str] | None:
+        """Operation, path, offset in file or -1, source or -1, errno; or what a device's driver said."""
 
     @property
-    def times_s(self) -> tuple[float, float, float, float]:
-        """Seconds from submission to released, written and finished (negative: not yet); starved."""
+    def times_s(self) -> tuple[float, float, float, float, float]:
+        """Seconds from submission to enqueued, released, written, finished (negative: not yet); starved."""
 
     def block_crcs(self, file: int, /) -> list[int]: ...
     def record_crcs(self, file: int, /) -> list[int]: ...
@@ -55,9 +63,21 @@ class Engine:
         writers: int,
         direct: bool,
         prefault: bool,
+        driver: str = ...,
     ) -> None: ...
-    def submit(self, directory: str, images: Sequence[Image], addresses: _UInt64, sizes: _UInt64) -> Job:
-        """Sources must stay as they are until the job is released."""
+    def use_device(self, ordinal: int) -> None:
+        """Raises DeviceError."""
+
+    def submit(
+        self,
+        directory: str,
+        images: Sequence[Image],
+        addresses: _UInt64,
+        sizes: _UInt64,
+        devices: _Int32,
+        streams: Sequence[tuple[int, int]] = ...,
+    ) -> Job:
+        """Sources must stay as they are until the job is released. Raises DeviceError."""
 
     def close(self) -> None: ...
     @property
@@ -68,6 +88,11 @@ class Engine:
     def chunk_nbytes(self) -> int: ...
     @property
     def prefault_s(self) -> float: ...
+    @property
+    def pin_s(self) -> float: ...
+    @property
+    def pin_failure(self) -> str:
+        """Empty when there is none."""
 
 class FileReads:
     """What to read; see Reading in csrc/reader.h."""
@@ -82,14 +107,25 @@ class FileReads:
         offsets: _UInt64,
         sizes: _UInt64,
         addresses: _UInt64,
+        devices: _Int32,
     ) -> None: ...
 
 def read_files(
-    reads: FileReads, threads: int, direct: bool
-) -> tuple[str, str, str, int, int, int, int] | None:
-    """None, or: kind ("os", "size", "crc"), operation, path, block, errno, expected, got."""
+    reads: FileReads,
+    threads: int,
+    direct: bool,
+    driver: str = ...,
+    streams: Sequence[tuple[int, int]] = ...,
+) -> tuple[str, str, str, int, int, int, int, str] | None:
+    """None, or: kind ("os", "size", "crc", "device"), operation, path, block, errno, expected, got, reason.
+
+    Raises DeviceError where a device cannot be used at all.
+    """
 
 def crc32(address: int, nbytes: int, crc: int = 0) -> int: ...
+def device_crc32(driver: str, device: int, stream: int, address: int, nbytes: int) -> int:
+    """Raises DeviceError."""
+
 def crc32_portable(data: bytes, crc: int = 0) -> int: ...
 def crc32_combine(crc_a: int, crc_b: int, nbytes_b: int) -> int: ...
 def crc32_kernel() -> str: ...

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 
+from . import devices
 from .plan import Planned, span_nbytes
 from .tree import flatten, rebuilt, tensors_in
+
+_DEVICE_NBYTES_MAX = 16 << 20  # copies of what is on devices stay there, on the stream that changes it
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Captured:
         tree: as it was, with copies in place of volatile tensors.
         live: names and tensors that are still the live ones; the guard watches them.
         seen: ids of all tensors in the tree, copies too.
-        nbytes: copied.
+        nbytes: copied, on the host.
         forward_changes: some buffer was too large to copy; the next forward must wait.
     """
 
@@ -37,29 +40,31 @@ class Captured:
 
 
 def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> Captured:
-    """Copy what is volatile, at most `reserve_nbytes`; what is left over stays live.
+    """Copy what is volatile, at most `reserve_nbytes` on the host and as little on devices; what is left
+    over stays live.
 
     Args:
         buffers: addresses of the model's buffers.
     """
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
-    nbytes = 0
+    left = {True: reserve_nbytes, False: _DEVICE_NBYTES_MAX}  # on the host, on devices
     forward_changes = False
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal nbytes, forward_changes
-        if tensor.layout != torch.strided or tensor.device.type == "meta":
-            return tensor
+        nonlocal forward_changes
+        if tensor.layout != torch.strided or not devices.is_reachable(tensor):
+            return tensor  # the planner refuses it by name
         key = (
             tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride(),
             tensor.is_conj(), tensor.is_neg(),
         )  # fmt: skip
         if key not in copies:
             size = span_nbytes(tensor)
-            if nbytes + size > reserve_nbytes:
+            on_host = devices.seam.device_of(tensor) == devices.HOST
+            if size > left[on_host]:
                 forward_changes = forward_changes or tensor.data_ptr() in buffers
                 return tensor
-            nbytes += size
+            left[on_host] -= size
             copies[key] = tensor.detach().clone()
         return copies[key]
 
@@ -75,6 +80,7 @@ def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> 
     ours = {id(tensor) for tensor in copies.values()}
     every = [(leaf.name, tensor) for leaf in flatten(result) for tensor in tensors_in(leaf.value)]
     live = [(name, tensor) for name, tensor in every if id(tensor) not in ours]
+    nbytes = reserve_nbytes - left[True]
     return Captured(result, live, frozenset(id(tensor) for _, tensor in every), nbytes, forward_changes)
 
 
@@ -101,13 +107,14 @@ def capture_hidden(captured: Captured, planned: Planned, reserve_nbytes: int) ->
     if not hidden:
         return captured, planned
     memory = {t.untyped_storage().data_ptr() for _, t in hidden if t.layout == torch.strided}
-    left_nbytes = reserve_nbytes - captured.nbytes
+    left = {True: reserve_nbytes - captured.nbytes, False: _DEVICE_NBYTES_MAX}
     addresses = planned.addresses.copy()
     copies = []
     live = set(memory)
     for source, storage in planned.storages:
-        if storage.data_ptr() in memory and storage.nbytes() <= left_nbytes:
-            left_nbytes -= storage.nbytes()
+        on_host = planned.devices[source] == devices.HOST
+        if storage.data_ptr() in memory and storage.nbytes() <= left[on_host]:
+            left[on_host] -= storage.nbytes()
             copies.append(storage.clone())  # type: ignore[no-untyped-call]
             addresses[source] = copies[-1].data_ptr()
             live.discard(storage.data_ptr())
@@ -116,7 +123,7 @@ def capture_hidden(captured: Captured, planned: Planned, reserve_nbytes: int) ->
         for name, tensor in hidden
         if tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() in live
     ]
-    nbytes = reserve_nbytes - left_nbytes
+    nbytes = reserve_nbytes - left[True]
     return (
         replace(captured, live=captured.live + watched, nbytes=nbytes),
         replace(planned, addresses=addresses, held=(*planned.held, copies)),

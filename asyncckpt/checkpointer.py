@@ -9,22 +9,26 @@ committer:    written and fenced -> manifest -> rename -> tracker -> retention
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from . import memory, options
+from . import devices, memory, options
 from .capture import capture, capture_hidden
 from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
 from .committer import HEARTBEAT_S, Committer
 from .errors import (
+    CaptureError,
     CheckpointError,
     ClosedError,
+    DeviceError,
     ForkedError,
     LoadError,
     OptionError,
@@ -47,6 +51,8 @@ from .state import TrainingState
 
 _log = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
+
 _PROGRESS_INTERVAL_S = 0.1
 _EXIT_UNREPORTED = 70  # EX_SOFTWARE: a failed save that nobody heard of must not look like success
 
@@ -59,8 +65,8 @@ class AsyncCheckpointer:
         model: an nn.Module, or anything with state_dict() and load_state_dict().
         optimizer, lr_scheduler: the same; or several, as a sequence or mapping.
         dataloader: anything with state_dict() and load_state_dict().
-        extra: the same; or a dict of plain values, tensors and such objects. load fills tensors and objects
-            in place, and replaces the other values in the dict.
+        extra: the same; or a dict of plain values, tensors, CuPy arrays and such objects. load fills
+            tensors, arrays and objects in place, and replaces the other values in the dict.
         layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint) or "megatron"
             (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker).
         host_memory: bytes that staging may take, all in all. A state that is larger streams through;
@@ -72,6 +78,8 @@ class AsyncCheckpointer:
             is logged, and the next save tries again.
         guard: "versions" or "full"; see `snapshot.Guard` for what versions do not see. "full" reads the
             state once more inside save().
+        fencing: "hooks": optimizer steps fence by themselves. "manual": the caller sees to it, with
+            `fence()` or `fenced()`, before anything changes the state.
         max_in_flight: saves not yet durable at a time.
         when_busy: what save() does beyond that: "wait" (it shows in `blocked_s`) or "skip" (the handle's
             report says skipped, and a warning is logged).
@@ -105,6 +113,7 @@ class AsyncCheckpointer:
         keep_every: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
         guard: Literal["versions", "full"] = "versions",
+        fencing: Literal["hooks", "manual"] = "hooks",
         max_in_flight: int = 2,
         when_busy: Literal["wait", "skip"] = "wait",
         fence_timeout_s: float = 1800.0,
@@ -114,6 +123,7 @@ class AsyncCheckpointer:
     ) -> None:
         options.check_choice("on_error", on_error, ("raise", "warn"))
         options.check_choice("guard", guard, ("versions", "full"))
+        options.check_choice("fencing", fencing, ("hooks", "manual"))
         options.check_choice("when_busy", when_busy, ("wait", "skip"))
         options.check_positive(
             writers=writers, max_in_flight=max_in_flight, keep_last=keep_last, keep_every=keep_every
@@ -136,6 +146,7 @@ class AsyncCheckpointer:
         self._when_busy = when_busy
         self._fence_timeout_s = fence_timeout_s
         self._on_phase = on_phase
+        self._fences_by_hand = self._fences_replays = fencing == "manual"
         self._pid = os.getpid()
         self._closed = False
         self._incarnation = new_incarnation()
@@ -147,10 +158,11 @@ class AsyncCheckpointer:
         self._lease: RootLease | None = None
         self._committer: Committer | None = None
         path, fs = Path(os.fsdecode(root)).absolute(), Filesystem()
-        if not read_only:
-            prepare_root(path, fs)
-            self._lease = RootLease.acquire(path, owner=self._incarnation, heartbeat_s=HEARTBEAT_S)
-        try:
+        with ExitStack() as undo:  # what was begun, should the rest fail
+            if not read_only:
+                prepare_root(path, fs)
+                self._lease = RootLease.acquire(path, owner=self._incarnation, heartbeat_s=HEARTBEAT_S)
+                undo.callback(self._lease.release)
             self._root = CheckpointRoot(path, layout_named(layout), fs)
             self._loader = Loader(self._root, self._state)
             if self._lease is None:
@@ -160,19 +172,19 @@ class AsyncCheckpointer:
                 host_memory = memory.default_host_memory_bytes(model, optimizer is not None)
             self._planner = planner_for(layout)
             self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
+            undo.callback(self._stager.close)
+            self._stager.use_devices(self._state.devices())
             self._fence = StepFence(
-                fence=self.fence,
+                fence=self._fence_before_change,
                 at_risk=self._at_risk,
                 optimizers=self._state.optimizers,
                 model=model,
             )
+            undo.callback(self._fence.remove)
             self._committer = Committer(
                 self._root, self._lease, (keep_last, keep_every), self._note_failure, fence_timeout_s
             )
-        except BaseException:
-            if self._lease is not None:
-                self._lease.release()
-            raise
+            undo.pop_all()
         atexit.register(self._at_exit)
 
     # -- saving
@@ -191,9 +203,12 @@ class AsyncCheckpointer:
             LeafError: a leaf cannot be saved; it is named.
             SaveError: an *earlier* save failed, and nobody was told yet. This one was not begun.
             LoadError: the last load failed, so the live state is not to be trusted.
+            CaptureError: a CUDA graph is being captured, or one with an optimizer's step in it would be
+                replayed without a fence; see `fenced`.
             ClosedError, ForkedError.
         """
         self._check_usable()
+        self._check_capture()
         save = Save(options.as_step(step), self._on_phase)
         if self._committer is None:
             raise RootError("this checkpointer is read_only")
@@ -210,7 +225,7 @@ class AsyncCheckpointer:
             try:
                 save.metadata = checked_metadata(metadata or {})
                 self._begin(save, self._committer)
-            except WriteError as error:
+            except (WriteError, DeviceError) as error:
                 if self._on_error == "raise":
                     raise
                 save.fail(error)
@@ -223,6 +238,7 @@ class AsyncCheckpointer:
     def _begin(self, save: Save, committer: Committer) -> None:
         model = self._state.model
         tree = self._state.capture(save.step)
+        save.report.state_dict_s = dict(self._state.capture_s)
         in_use_nbytes = sum(other.report.captured_nbytes for other in self._in_flight())
         reserve_nbytes = self._stager.reserve_nbytes - in_use_nbytes
         captured = capture(tree, model.buffers() if model else set(), reserve_nbytes)
@@ -246,6 +262,7 @@ class AsyncCheckpointer:
             save.submitting_s = save.elapsed_s()
             save.attempt = attempt
             save.snapshot = self._stager.snapshot(planned, captured.live, attempt.path)
+            self._state.hold_back_arrays()  # until what was copied inside save() is copied
             save.mark("submitted")
             committer.take(save)
         except BaseException:
@@ -285,19 +302,60 @@ class AsyncCheckpointer:
 
     # -- fencing
 
-    def fence(self) -> None:
+    def fence(self, *, on_host: bool = True) -> None:
         """Wait until everything that save() spoke of may be changed.
 
-        Called by itself before the step of any torch optimizer that shares a parameter with this state.
-        Call it before you change, free, offload or resize the state in any other way. A failure found
-        here is the save's; it surfaces where `on_error` says, not here.
+        Called by itself, with on_host=False, before the step of any torch optimizer that shares a
+        parameter with this state. Call it before you change, free, offload or resize the state in any
+        other way. A failure found here is the save's; it surfaces where `on_error` says, not here.
+
+        Args:
+            on_host: return once every byte was copied. False: of what is on CUDA devices, return once
+                the copies are enqueued (which `host_memory` as large as the state makes a matter of
+                microseconds), and let this thread's current streams wait for them. Work that is
+                enqueued there afterwards may change the state; nothing may free it yet.
+
+        Raises:
+            CaptureError: this thread's current stream is being captured.
         """
         if os.getpid() != self._pid or not self._in_flight():
             return
+        if devices.seam.is_capturing():
+            raise CaptureError("fence() inside a CUDA graph's capture: call it before")
         with self._lock:
             for save in self._in_flight():
-                save.fence(self._fence_timeout_s)
+                save.fence(self._fence_timeout_s, on_host)
+            if not on_host:
+                self._state.hold_back_arrays()  # behind the streams that wait for the copies now
             self._fence.passed()
+
+    def fenced(self, replay: Callable[..., _Result]) -> Callable[..., _Result]:
+        """`replay` with a fence before it; for what changes the state behind torch's hooks.
+
+        A CUDA graph that holds an optimizer's step is such a thing: `replay = ckpt.fenced(graph.replay)`,
+        and call that. It must be outermost: whatever calls `graph.replay` itself goes unfenced.
+        """
+
+        @functools.wraps(replay)
+        def fenced(*args: Any, **kwargs: Any) -> _Result:
+            self.fence(on_host=False)
+            return replay(*args, **kwargs)
+
+        self._fences_replays = True
+        return fenced
+
+    def _fence_before_change(self) -> None:
+        if not self._fences_by_hand:
+            self.fence(on_host=False)
+
+    def _check_capture(self) -> None:
+        if devices.seam.is_capturing():
+            raise CaptureError("save() inside a CUDA graph's capture: call it between replays")
+        if self._committer is not None and self._fence.step_was_captured and not self._fences_replays:
+            raise CaptureError(
+                "an optimizer's step was captured into a CUDA graph, and replays run no hooks: replay it "
+                'through ckpt.fenced(graph.replay), or pass fencing="manual" and call fence() yourself'
+            )
 
     def _decide_released(self) -> None:
         """Check saves that were copied without a fence: this is the first time we can."""
@@ -346,8 +404,10 @@ class AsyncCheckpointer:
             raise TimeoutError(f"step {save.step} is not durable after {timeout_s:g} s")
 
     def _at_risk(self) -> list[frozenset[int]]:
-        unfenced = [save.snapshot for save in self._in_flight() if not save.checked.is_set()]
-        return [snapshot.storages for snapshot in unfenced if snapshot is not None]
+        begun = [(save, save.snapshot) for save in self._in_flight()]
+        return [
+            s.storages for save, s in begun if s is not None and not (save.checked.is_set() and s.released)
+        ]
 
     def _in_flight(self) -> list[Save]:
         return self._committer.in_flight if self._committer is not None else []

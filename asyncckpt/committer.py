@@ -47,7 +47,7 @@ class Committer:
         self._keep = keep
         self._on_failure = on_failure
         self._release_timeout_s = release_timeout_s
-        self._said_buffered = self._said_unchecked = False
+        self._said_buffered = self._said_unchecked = self._said_unpinned = False
         self._in_flight: list[Save] = []  # oldest first; replaced, never changed, so reading needs no lock
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
@@ -55,7 +55,12 @@ class Committer:
         self._heart = threading.Thread(target=self._beat, name="asyncckpt-heartbeat", daemon=True)
         self._thread = threading.Thread(target=self._run, name="asyncckpt-committer", daemon=True)
         self._heart.start()
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._stopped.set()
+            self._heart.join()
+            raise
 
     @property
     def in_flight(self) -> list[Save]:
@@ -107,12 +112,21 @@ class Committer:
                 self._check_lease(save)  # the last look: a suspended process may have lost it meanwhile
 
         try:
+            snapshot.wait_released(float("inf"))
+            if save.checked.is_set():
+                snapshot.let_go()
             snapshot.wait_written()
             save.note_written(snapshot)
             if not snapshot.direct and not self._said_buffered:
                 self._said_buffered = True
                 _log.warning(
                     "%s: no O_DIRECT here; files are written through the page cache", self._root.path
+                )
+            if snapshot.pin_failure and not self._said_unpinned:
+                self._said_unpinned = True
+                _log.warning(
+                    "host_memory is not pinned, copies from devices are slow: %s",
+                    snapshot.pin_failure,
                 )
             save.checked.wait()
             if save.error is not None:

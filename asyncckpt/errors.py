@@ -8,12 +8,15 @@
     |   `-- RootBusyError      another live run owns it: stop that run first
     |-- StepError              this step number cannot be saved: negative, going backwards
     |   `-- StepExistsError    it is already there, in this timeline
+    |-- CaptureError           a CUDA graph is in the way: fence outside of it
     |-- LeafError              a leaf of the state cannot be saved: it is named
     |-- SaveError              a save failed; the last good step is untouched
     |   |-- TornStateError     a tensor changed before it was copied: fence before you mutate
     |   |-- WriteError         the operating system refused: path, offset, errno
+    |   |-- DeviceError        a CUDA device or its driver refused: most likely the process must end
     |   `-- SaveTimeoutError   a deadline passed: the save was given up, training was not
     `-- LoadError
+        |-- DeviceError        the same, while loading
         |-- StepNotFoundError  no such step
         |-- CorruptStepError   bytes on disk are not the bytes that were written
         |-- NoIntactStepError  steps exist, none is good
@@ -63,6 +66,10 @@ class StepExistsError(StepError):
     """The step is already committed in this timeline."""
 
 
+class CaptureError(CheckpointError, RuntimeError):
+    """A CUDA graph is being captured, or its replay would change the state without a fence."""
+
+
 class LeafError(CheckpointError, TypeError):
     """A leaf of the state cannot be saved; the message names it."""
 
@@ -104,6 +111,11 @@ class WriteError(SaveError):
 
 class LoadError(CheckpointError):
     """A load failed."""
+
+
+class DeviceError(SaveError, LoadError):
+    """A CUDA device or its driver refused an operation. After most of its errors (an illegal address,
+    say, whoever's kernel it was) a process cannot use the device again."""
 
 
 class StepNotFoundError(LoadError):

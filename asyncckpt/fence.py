@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from . import devices
+
 
 class StepFence:
     """Calls `fence` on the training thread before a step or a forward that would tear a save.
@@ -23,6 +25,10 @@ class StepFence:
             optimizer step.
         optimizers: whose state is saved: their steps change that, whatever their parameters are.
         model: whose forward changes buffers.
+
+    Attributes:
+        step_was_captured: one of our optimizers was stepped while a CUDA graph was captured. The graph's
+            replays will step it again, and no hook will tell.
     """
 
     def __init__(
@@ -41,6 +47,7 @@ class StepFence:
         self._untraced = cast("Callable[[Any], Any]", torch.compiler.disable)
         self._step_hook: Any = register_optimizer_step_pre_hook(self._untraced(self._before_step))
         self._forward_hook: Any = None
+        self.step_was_captured = False
 
     def before_forward(self) -> None:
         """Fence the model's next forward too. Only then is there a hook on the model at all."""
@@ -60,11 +67,24 @@ class StepFence:
         self.passed()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if devices.seam.is_capturing():  # to wait for an event from outside would spoil the graph
+            ours = self._is_ours(optimizer) or _touches(optimizer, [self._params()])
+            self.step_was_captured = self.step_was_captured or ours
+            return
         at_risk = list(self._at_risk())
-        if at_risk and self._pid == os.getpid():
-            ours = any(optimizer is one for one in self._optimizers)
-            if ours or _touches(optimizer, at_risk):
-                self._fence()
+        if not at_risk or self._pid != os.getpid():
+            return
+        if self._is_ours(optimizer) or _touches(optimizer, at_risk):
+            self._fence()
+
+    def _params(self) -> frozenset[int]:
+        params = list(self._model.parameters()) if isinstance(self._model, torch.nn.Module) else []
+        for optimizer in self._optimizers:
+            params += [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]
+        return frozenset(p.untyped_storage().data_ptr() for p in params if p.layout == torch.strided)
+
+    def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
+        return any(optimizer is one for one in self._optimizers)
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
         if self._pid == os.getpid():

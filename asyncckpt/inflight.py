@@ -66,10 +66,12 @@ class Save:
 
     def note_written(self, snapshot: Snapshot) -> None:
         """Take over the engine's times: all files are synced."""
-        released_s, _, _, starved_s = snapshot.times_s()
+        enqueued_s, released_s, _, _, starved_s = snapshot.times_s()
         self.report.starved_s = starved_s
         self.report.direct = snapshot.direct
-        self.mark("released", max(self.report.phases["submitted"], self.submitting_s + released_s))
+        submitted_s = self.report.phases["submitted"]
+        self.mark("enqueued", max(submitted_s, self.submitting_s + enqueued_s))
+        self.mark("released", max(submitted_s, self.submitting_s + released_s))
         self.mark("written")
 
     def mark(self, phase: str, at_s: float | None = None) -> None:
@@ -90,30 +92,54 @@ class Save:
         if snapshot is not None:
             snapshot.abort()
 
-    def fence(self, timeout_s: float) -> None:
-        """Check that nothing was torn, and wait until training may change everything.
+    def fence(self, timeout_s: float, on_host: bool = True) -> None:
+        """Check that nothing was torn, and see to it that training may change everything.
 
         On the thread that is about to change it, before it does. Never raises: a failure is the save's,
         not training's.
+
+        Args:
+            on_host: wait until all is copied: then memory may also be freed. Otherwise wait until all
+                copies are on their way, and let this thread's device streams wait for those.
         """
         snapshot = self.snapshot  # the committer may end a failed save at any moment
-        if self.checked.is_set() or snapshot is None:
+        if snapshot is None:
+            return
+        if self.checked.is_set() and snapshot.released:
+            snapshot.let_go()
             return
         began_s = time.perf_counter()
-        self.decide(snapshot)
-        if snapshot.wait_released(timeout_s):
-            self.decide(snapshot)  # should another thread have written while this one waited
-            snapshot.let_go()
+        if self.checked.is_set():  # by a fence that left the waiting to devices; what they do is no tear
+            if not (snapshot.wait_released(timeout_s) if on_host else self._hold_back(snapshot, timeout_s)):
+                self._give_up(snapshot, timeout_s)
         else:
-            self.fail(
-                SaveTimeoutError(
-                    f"step {self.step} was given up: its tensors were not copied within {timeout_s:g} s; "
-                    f"raise fence_timeout_s or host_memory"
-                )
-            )
-            snapshot.wait_released(min(timeout_s, _ABORT_S))
+            self.decide(snapshot)
+            if snapshot.wait_released(timeout_s) if on_host else self._hold_back(snapshot, timeout_s):
+                self.decide(snapshot)  # should another thread have written while this one waited
+            else:
+                self._give_up(snapshot, timeout_s)
         self.report.blocked_s += time.perf_counter() - began_s
         self.checked.set()
+        if snapshot.released:  # after checked: the committer looks in the other order
+            snapshot.let_go()
+
+    def _hold_back(self, snapshot: Snapshot, timeout_s: float) -> bool:
+        if not snapshot.wait_enqueued(timeout_s):
+            return False
+        try:
+            snapshot.hold_back()
+        except CheckpointError as error:
+            self.fail(error)
+        return True
+
+    def _give_up(self, snapshot: Snapshot, timeout_s: float) -> None:
+        self.fail(
+            SaveTimeoutError(
+                f"step {self.step} was given up: its tensors were not copied within {timeout_s:g} s; "
+                f"raise fence_timeout_s or host_memory"
+            )
+        )
+        snapshot.wait_released(min(timeout_s, _ABORT_S))
 
     def decide(self, snapshot: Snapshot) -> None:
         """Fail if a tensor has changed since save()."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from . import devices
 from .errors import LeafError
 from .formats import distcp, torch_zip
 from .formats.image import FileImage, ImageBuilder
@@ -67,6 +68,7 @@ class Planned:
 
     Attributes:
         addresses, sizes: uint64, of every source.
+        devices: int32, the device it is on, or devices.HOST.
         storages: (source, storage) of what was met while pickling.
         tensors: (name, tensor) of the same.
         held: what keeps that memory alive; to be kept until the save has been released.
@@ -76,10 +78,15 @@ class Planned:
     plan: WritePlan
     addresses: np.ndarray[Any, np.dtype[np.uint64]]
     sizes: np.ndarray[Any, np.dtype[np.uint64]]
+    devices: np.ndarray[Any, np.dtype[np.int32]]
     storages: tuple[tuple[int, torch.UntypedStorage], ...]
     tensors: tuple[tuple[str, torch.Tensor], ...]
     held: tuple[Any, ...]
     replanned: bool
+
+    def used_devices(self) -> list[int]:
+        """Ordinals of the devices that any source is on."""
+        return sorted({*self.devices.tolist()} - {devices.HOST})
 
 
 class Planner(Protocol):
@@ -141,14 +148,17 @@ def _planned(
     ]
     table = [(array.ctypes.data, array.nbytes) for array in padded]
     table += [(tensor.data_ptr(), span_nbytes(tensor)) for tensor in tensors]
+    where = [devices.HOST] * len(padded) + [devices.seam.device_of(tensor) for tensor in tensors]
     storages = [storage for _, pickled in named for storage in pickled.storages]
     numbered = tuple(enumerate(storages, start=len(table)))
     table += [(storage.data_ptr(), storage.nbytes()) for storage in storages]
+    where += [devices.seam.device_of(storage) for storage in storages]
     both = np.array(table, dtype=np.uint64).reshape(-1, 2)
     return Planned(
         plan,
         np.ascontiguousarray(both[:, 0]),
         np.ascontiguousarray(both[:, 1]),
+        np.array(where, dtype=np.int32),
         numbered,
         tuple((name, tensor) for name, pickled in named for tensor in pickled.tensors),
         (padded, [pickled for _, pickled in named], tensors),
@@ -268,8 +278,10 @@ def _refuse_unreachable(leaf: Leaf) -> None:
     for tensor in tensors_in(leaf.value):
         if tensor.layout != torch.strided:
             raise LeafError(f"{leaf.name}: sparse tensors ({tensor.layout}) cannot be saved; densify it")
-        if tensor.device.type != "cpu":
-            raise LeafError(f"{leaf.name}: only CPU tensors can be saved, this one is on {tensor.device}")
+        try:
+            devices.seam.device_of(tensor)
+        except ValueError as error:
+            raise LeafError(f"{leaf.name}: {error}; only those of the host and of CUDA devices") from None
 
 
 class MegatronPlanner(_Cache):

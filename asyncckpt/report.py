@@ -16,7 +16,9 @@ class SaveReport:
             waits for an earlier save to make room.
         durable_s: from the call of save() until a power cut could not undo it; None until then.
         phases: seconds from the call of save() until each phase was reached: planned, captured,
-            submitted, released, written, checked, manifest, renamed, durable, ...
+            submitted, enqueued, released, written, checked, manifest, renamed, durable, ...
+        state_dict_s: seconds that the state_dict() of each section (model, optimizer, extra, ...) took. One
+            that waits for a device, as GradScaler's does, shows here; we wait for none.
         captured_nbytes: copied inside save(), because training may change it before the next fence.
         pickled_nbytes: of python leaves, which are copied too; they come on top of `host_memory`.
         starved_s: how long copying waited for a free chunk: the disk's backpressure.
@@ -30,6 +32,7 @@ class SaveReport:
     blocked_s: float = 0.0
     durable_s: float | None = None
     phases: dict[str, float] = field(default_factory=dict)
+    state_dict_s: dict[str, float] = field(default_factory=dict)
     captured_nbytes: int = 0
     pickled_nbytes: int = 0
     starved_s: float = 0.0

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import _native
-from .errors import CorruptStepError, LoadError, StepNotFoundError, UntrustedError
+from . import _native, devices
+from .errors import CorruptStepError, DeviceError, LoadError, StepNotFoundError, UntrustedError
 from .formats import distcp, torch_zip
 from .formats.manifest import FileEntry, check_path
 from .formats.pickles import SparseRef, TensorRef, find_inert
@@ -276,6 +276,7 @@ class _FileReads:
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
+    devices: list[int] = field(default_factory=list)
 
 
 def read_tensors(
@@ -305,6 +306,7 @@ def read_tensors(
             reads_of_file.offsets.append(part.data_offset)
             reads_of_file.sizes.append(part.nbytes)
             reads_of_file.addresses.append(memory.data_ptr())
+            reads_of_file.devices.append(devices.seam.device_of(memory))
         if values[part] is not target:
             copies.append((target, values[part]))
     _run(files, wanted)
@@ -345,7 +347,7 @@ def _contested(targets: list[tuple[StoredPart, torch.Tensor]]) -> set[int]:
 
 def _takes_span(target: torch.Tensor, part: StoredPart) -> bool:
     """Whether the stored bytes, gaps included, can be written over the target's memory."""
-    if target.device.type != "cpu" or part.conj or part.neg or target.is_conj() or target.is_neg():
+    if part.conj or part.neg or target.is_conj() or target.is_neg():
         return False
     distinct = 1  # elements with memory of their own
     for size, here, there in zip(part.shape, target.stride(), part.stride, strict=True):
@@ -373,20 +375,34 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 def _run(files: StepFiles, wanted: Mapping[str, _FileReads]) -> None:
     """One native pass over all files; more only where stored tensors overlap each other."""
     left: dict[str, _FileReads] = {}
+    used: set[int] = set()
     batches = _native.FileReads()
     for name, reads in wanted.items():
         now, later = _apart(reads)
         if later.offsets:
             left[name] = later
         entry = files.entries[name] if files.entries is not None else None
-        columns = (np.array(column, dtype=np.uint64) for column in (now.offsets, now.sizes, now.addresses))
+        used.update(now.devices)
         block_nbytes = entry.block_nbytes if entry is not None else _BLOCK_NBYTES
         if block_nbytes % 4096 or block_nbytes > _BLOCK_NBYTES_MAX:
             raise CorruptStepError(files.path(name), f"blocks of {block_nbytes} bytes were never written")
         nbytes = entry.nbytes if entry is not None else files.nbytes(name)
-        batches.add(files.path(name), nbytes, block_nbytes, list(entry.block_crcs) if entry else [], *columns)
+        crcs = list(entry.block_crcs) if entry else []
+        batches.add(
+            files.path(name),
+            nbytes,
+            block_nbytes,
+            crcs,
+            np.array(now.offsets, dtype=np.uint64),
+            np.array(now.sizes, dtype=np.uint64),
+            np.array(now.addresses, dtype=np.uint64),
+            np.array(now.devices, dtype=np.int32),
+        )
+    streams = devices.current_streams(used - {devices.HOST})
     try:
-        error = _native.read_files(batches, _THREADS, True)
+        error = _native.read_files(batches, _THREADS, True, devices.seam.driver, streams)
+    except _native.DeviceError as failure:
+        raise DeviceError(str(failure)) from failure
     except ValueError as problem:
         raise CorruptStepError(str(files.directory), str(problem)) from problem
     if error is not None:
@@ -399,19 +415,31 @@ def _apart(reads: _FileReads) -> tuple[_FileReads, _FileReads]:
     """Reads that do not overlap, in file order; and the rest."""
     now, later = _FileReads(), _FileReads()
     end = 0
-    for offset, nbytes, address in sorted(zip(reads.offsets, reads.sizes, reads.addresses, strict=True)):
+    table = zip(reads.offsets, reads.sizes, reads.addresses, reads.devices, strict=True)
+    for offset, nbytes, address, device in sorted(table):
         chosen = now if offset >= end else later
         chosen.offsets.append(offset)
         chosen.sizes.append(nbytes)
         chosen.addresses.append(address)
+        chosen.devices.append(device)
         if chosen is now:
             end = offset + nbytes
     return now, later
 
 
 def _raise(
-    files: StepFiles, kind: str, operation: str, path: str, block: int, number: int, expected: int, got: int
+    files: StepFiles,
+    kind: str,
+    operation: str,
+    path: str,
+    block: int,
+    number: int,
+    expected: int,
+    got: int,
+    reason: str,
 ) -> None:
+    if kind == "device":
+        raise DeviceError(f"{path}, block {block}: {operation}: {reason}")
     if kind == "crc":
         raise CorruptStepError(path, f"CRC-32 {expected:08x} expected, got {got:08x}", block)
     if kind == "size":

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import _native
-from .errors import OptionError, SaveError, TornStateError, WriteError
+from . import _native, devices
+from .errors import DeviceError, OptionError, SaveError, TornStateError, WriteError
 from .formats.image import NO_RECORD
 from .formats.manifest import FileEntry
 from .plan import Planned, WritePlan
@@ -87,10 +88,11 @@ class Snapshot:
         planned: Planned,
         guard: Guard,
         checksums: dict[int, int] | None,
-        block_nbytes: int,
+        engine: _native.Engine,
     ) -> None:
         self._job = job
-        self._block_nbytes = block_nbytes
+        self._devices = planned.used_devices()
+        self._engine = engine
         self._plan: WritePlan = planned.plan
         self._held: Any = planned
         self._guard = guard
@@ -104,6 +106,23 @@ class Snapshot:
     def storages(self) -> frozenset[int]:
         """Addresses of the storages that training must not change yet."""
         return self._guard.storages
+
+    def wait_enqueued(self, timeout_s: float) -> bool:
+        """Wait until all host memory was read and all copies from devices are on their way; False when the
+        time is up."""
+        return self._job.wait_enqueued(timeout_s)
+
+    def hold_back(self) -> None:
+        """Make what this thread enqueues from now on wait for the copies, on the devices; once enqueued.
+
+        Raises:
+            DeviceError: a device refused.
+        """
+        try:
+            for device, stream in devices.current_streams(self._devices):
+                self._job.hold_back(device, stream)
+        except _native.DeviceError as failure:
+            raise DeviceError(str(failure)) from failure
 
     def wait_released(self, timeout_s: float) -> bool:
         """Wait until the engine will not read training's memory again; False when the time is up."""
@@ -137,9 +156,13 @@ class Snapshot:
         if self._checksums is not None:
             self._compare(self._checksums)
 
-    def _translate(self, operation: str, path: str, offset: int, source: int, number: int) -> SaveError:
+    def _translate(
+        self, operation: str, path: str, offset: int, source: int, number: int, reason: str
+    ) -> SaveError:
         if operation == "abort":
             return SaveError("the save was given up")
+        if reason:
+            return DeviceError(f"{operation} failed: {path}, offset {offset}: {reason}")
         if operation == "copy" and number == errno.EFAULT:
             return TornStateError(
                 f"the memory of {self._plan.names[source]} went away before it was copied; "
@@ -160,18 +183,23 @@ class Snapshot:
     def files(self) -> tuple[FileEntry, ...]:
         """What was written, for the manifest."""
         return tuple(
-            FileEntry(image.path, image.nbytes, self._block_nbytes, tuple(self._job.block_crcs(index)))
+            FileEntry(image.path, image.nbytes, self._engine.chunk_nbytes, tuple(self._job.block_crcs(index)))
             for index, image in enumerate(self._plan.images)
         )
 
-    def times_s(self) -> tuple[float, float, float, float]:
-        """Seconds after submission: released, written, finished; and how long copying was starved."""
+    def times_s(self) -> tuple[float, float, float, float, float]:
+        """Seconds after submission: enqueued, released, written, finished; and how long copying starved."""
         return self._job.times_s
 
     @property
     def direct(self) -> bool:
         """Whether all files were written with O_DIRECT."""
         return self._job.direct
+
+    @property
+    def pin_failure(self) -> str:
+        """Why copies from devices are slow: part of the arena is not pinned. Empty if all is well."""
+        return self._engine.pin_failure
 
     @property
     def checked_copies(self) -> bool:
@@ -206,6 +234,7 @@ class Stager:
                 writers=writers,
                 direct=True,
                 prefault=True,
+                driver=devices.seam.driver,
             )
         except MemoryError as error:
             raise OptionError(f"host_memory: {host_memory_bytes} bytes cannot be had") from error
@@ -214,13 +243,38 @@ class Stager:
         self._full_guard = full_guard
         self._compiled: tuple[WritePlan, list[_native.Image]] | None = None
 
+    def use_devices(self, ordinals: Iterable[int]) -> None:
+        """Get ready for memory on these devices: pins the arena, in the background.
+
+        Raises:
+            DeviceError: there is no driver, or it refuses.
+        """
+        try:
+            for ordinal in ordinals:
+                self._engine.use_device(ordinal)
+        except _native.DeviceError as failure:
+            raise DeviceError(str(failure)) from failure
+
     def snapshot(self, planned: Planned, live: list[tuple[str, torch.Tensor]], directory: Path) -> Snapshot:
-        """Begin to write `planned` into `directory`, which holds none of its files yet."""
+        """Begin to write `planned` into `directory`, which holds none of its files yet.
+
+        Memory on devices is copied as it is once this thread's current streams have done what they have
+        now; nothing waits for them here, but for `guard="full"`.
+
+        Raises:
+            DeviceError: a device refused.
+        """
         guard = Guard(live)
         images = self._images(planned.plan)
-        checksums = self._checksums(planned) if self._full_guard else None
-        job = self._engine.submit(str(directory), images, planned.addresses, planned.sizes)
-        return Snapshot(job, planned, guard, checksums, self._engine.chunk_nbytes)
+        streams = devices.current_streams(planned.used_devices())
+        try:
+            checksums = self._checksums(planned, dict(streams)) if self._full_guard else None
+            job = self._engine.submit(
+                str(directory), images, planned.addresses, planned.sizes, planned.devices, streams
+            )
+        except _native.DeviceError as failure:
+            raise DeviceError(str(failure)) from failure
+        return Snapshot(job, planned, guard, checksums, self._engine)
 
     def _images(self, plan: WritePlan) -> list[_native.Image]:
         if self._compiled is None or self._compiled[0] is not plan:
@@ -232,12 +286,17 @@ class Stager:
         return self._compiled[1]
 
     @staticmethod
-    def _checksums(planned: Planned) -> dict[int, int]:
-        sources = range(len(planned.plan.slots), len(planned.sizes))
-        return {
-            source: _native.crc32(int(planned.addresses[source]), int(planned.sizes[source]))
-            for source in sources
-        }
+    def _checksums(planned: Planned, streams: dict[int, int]) -> dict[int, int]:
+        found = {}
+        for source in range(len(planned.plan.slots), len(planned.sizes)):
+            device = int(planned.devices[source])
+            memory = int(planned.addresses[source]), int(planned.sizes[source])
+            if device == devices.HOST:
+                found[source] = _native.crc32(*memory)
+            else:
+                driver = devices.seam.driver
+                found[source] = _native.device_crc32(driver, device, streams[device], *memory)
+        return found
 
     def close(self) -> None:
         """Stop the engine; what is in flight fails."""

@@ -21,12 +21,15 @@ Guarantees:
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from . import arrays
+from .devices import devices_of, in_use
 from .errors import LeafError, OptionError
 from .formats.inert import brief
 from .tree import Matching, StoredTensor, describe, flatten
@@ -302,18 +305,34 @@ class StatefulSection:
 
 class ValueSection:
     """A plain dict that the user handed over: on load, tensors and objects in it are filled in place, other
-    values are replaced; so is a tensor of another form, unless it is trained."""
+    values are replaced; so is a tensor of another form, unless it is trained.
+
+    CuPy arrays, also in dicts inside it, are saved as tensors and filled in place; one of another form does
+    not fit. See `arrays` for what is ordered and where arrays are not looked for.
+    """
 
     def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
+        self._array_devices: set[int] = set()  # of the last capture
 
     def capture(self) -> Any:
-        return {key: v.state_dict() if isinstance(v, Stateful) else v for key, v in self.values.items()}
+        self._array_devices = set()
+        return {
+            key: v.state_dict()
+            if isinstance(v, Stateful)
+            else arrays.as_tensors(f"extra.{key}", v, self._array_devices)
+            for key, v in self.values.items()
+        }
+
+    def hold_back_arrays(self) -> None:
+        """See `TrainingState.hold_back_arrays`."""
+        arrays.order_after_torch(self._array_devices)
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
         stored = stored if isinstance(stored, Mapping) else {}
         matching.missing += [f"{name}.{key}" for key in self.values if key not in stored]
         matching.unexpected += [f"{name}.{key}" for key in stored if key not in self.values]
+        used: set[int] = set()
         for key, value in stored.items():
             owner = self.values.get(key)
             if (
@@ -323,11 +342,32 @@ class ValueSection:
             ):
                 matching.into(f"{name}.{key}", value, owner.detach())
                 continue
+            value = _with_arrays(f"{name}.{key}", owner, value, matching, used)  # noqa: PLW2901
             fresh = matching.fresh(f"{name}.{key}", value)
             if isinstance(owner, Stateful):
                 matching.afterwards.append(lambda owner=owner, fresh=fresh: owner.load_state_dict(fresh))  # type: ignore[misc]
             else:
                 matching.afterwards.append(lambda key=key, fresh=fresh: self.values.update({key: fresh}))  # type: ignore[misc]
+        matching.afterwards.append(lambda: arrays.order_after_torch(used))
+
+
+def _with_arrays(name: str, live: Any, stored: Any, matching: Matching, used: set[int]) -> Any:
+    """`stored` with the live arrays in their places, to be filled."""
+    if arrays.is_array(live):
+        try:
+            tensor = arrays.as_tensor(name, live)
+        except LeafError as error:
+            matching.differences.append(str(error))
+        else:
+            matching.into(name, stored, tensor)
+            used.add(tensor.get_device())
+        return live
+    if arrays.holds_arrays(live) and isinstance(stored, Mapping):
+        return {
+            key: _with_arrays(f"{name}.{key}", live.get(key), child, matching, used)
+            for key, child in stored.items()
+        }
+    return stored
 
 
 class GroupSection:
@@ -358,7 +398,7 @@ class RngSection:
             "numpy": np.random.get_state(legacy=True),  # noqa: NPY002 -- the global one is what there is to save
             "torch": torch.get_rng_state(),
         }
-        if torch.cuda.is_available():
+        if in_use():  # a run that uses no device is not made to
             states["cuda"] = torch.cuda.get_rng_state_all()
         return states
 
@@ -385,6 +425,9 @@ class RngSection:
 class TrainingState:
     """All that a run is made of.
 
+    Attributes:
+        capture_s: seconds that each section took at the last capture.
+
     Raises:
         OptionError: something handed over has no state_dict / load_state_dict.
     """
@@ -400,6 +443,7 @@ class TrainingState:
         rng: bool = True,
     ) -> None:
         self.sections: dict[str, Section] = {}
+        self.capture_s: dict[str, float] = {}
         self.model = ModelSection(_stateful("model", model)) if model is not None else None
         if self.model is not None:
             self.sections["model"] = self.model
@@ -445,9 +489,30 @@ class TrainingState:
 
     def capture(self, step: int) -> dict[str, Any]:
         """The tree at this moment. Tensors are the live ones, or aliases of them."""
-        tree: dict[str, Any] = {name: section.capture() for name, section in self.sections.items()}
+        tree: dict[str, Any] = {}
+        for name, section in self.sections.items():
+            began_s = time.perf_counter()
+            tree[name] = section.capture()
+            self.capture_s[name] = time.perf_counter() - began_s
         tree["step"] = step
         return tree
+
+    def devices(self) -> list[int]:
+        """Ordinals of the CUDA devices that hold parameters or buffers now; others may come."""
+        tensors: list[Any] = []
+        if self.model is not None and isinstance(self.model.model, torch.nn.Module):
+            tensors += [*self.model.model.parameters(), *self.model.model.buffers()]
+        for optimizer in self.optimizers:
+            for group in getattr(optimizer, "param_groups", ()):
+                tensors += group["params"]
+        return sorted(devices_of(tensors))
+
+    def hold_back_arrays(self) -> None:
+        """Let the streams on which CuPy works, where `extra` held arrays at the last capture, wait for what
+        torch's current streams have now. The host does not wait."""
+        extra = self.sections.get("extra")
+        if isinstance(extra, ValueSection):
+            extra.hold_back_arrays()
 
     def match(self, tree: Mapping[str, Any]) -> Matching:
         """Where everything in a stored tree goes. Changes nothing yet."""

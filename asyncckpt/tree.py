@@ -37,27 +37,27 @@ def flatten(tree: Mapping[str, Any]) -> list[Leaf]:
     Raises:
         LeafError: two leaves have the same name.
     """
-    leaves: list[Leaf] = []
-    names: dict[str, Path] = {}
-
-    def visit(path: Path, value: Any) -> None:
-        if _is_branch(value):
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
-            for key, child in items:
-                visit((*path, key), child)
-            return
-        name = ".".join(map(str, path))
-        if name in names:
-            raise LeafError(f"two leaves are called {name!r}: {names[name]} and {path}; rename one key")
-        names[name] = path
-        leaves.append(Leaf(name, path, value))
-
+    leaves: dict[str, Leaf] = {}
     try:
         for key, child in tree.items():
-            visit((key,), child)
+            _flatten((key,), child, leaves)
     except RecursionError:
         raise LeafError("the state refers to itself, or is nested too deeply to be saved") from None
-    return leaves
+    return list(leaves.values())
+
+
+# Here and below, functions that call themselves are no closures: such a closure is a cycle, and would
+# keep tensors (of devices, even) until the garbage collector comes by.
+def _flatten(path: Path, value: Any, leaves: dict[str, Leaf]) -> None:
+    if _is_branch(value):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, child in items:
+            _flatten((*path, key), child, leaves)
+        return
+    name = ".".join(map(str, path))
+    if name in leaves:
+        raise LeafError(f"two leaves are called {name!r}: {leaves[name].path} and {path}; rename one key")
+    leaves[name] = Leaf(name, path, value)
 
 
 def _is_branch(value: Any) -> bool:
@@ -108,13 +108,25 @@ def rebuilt(
 
     `objects`: also attributes of other objects are converted, in place; for values that nobody else has.
     """
-    seen: dict[int, Any] = {}
+    try:
+        return _Rebuilding(kind, convert, objects).visit(value)
+    except RecursionError:
+        raise LeafError("a value is nested too deeply to be saved") from None
 
-    def visit(value: Any) -> Any:
-        if isinstance(value, kind):
-            return convert(value)
+
+class _Rebuilding:
+    def __init__(self, kind: type | tuple[type, ...], convert: Callable[[Any], Any], objects: bool) -> None:
+        self._kind = kind
+        self._convert = convert
+        self._objects = objects
+        self._seen: dict[int, Any] = {}
+
+    def visit(self, value: Any) -> Any:
+        if isinstance(value, self._kind):
+            return self._convert(value)
         if type(value) in _ATOMS:
             return value
+        seen, visit = self._seen, self.visit
         if id(value) in seen:
             return seen[id(value)]
         if isinstance(value, MutableMapping) and hasattr(value, "copy"):
@@ -142,16 +154,11 @@ def rebuilt(
             return deque((visit(child) for child in value), value.maxlen)
         if isinstance(value, set | frozenset):
             return type(value)(visit(child) for child in value)
-        if objects and hasattr(value, "__dict__") and not isinstance(value, _CODE):
+        if self._objects and hasattr(value, "__dict__") and not isinstance(value, _CODE):
             seen[id(value)] = value
             for name, child in list(vars(value).items()):
                 vars(value)[name] = visit(child)
         return value
-
-    try:
-        return visit(value)
-    except RecursionError:
-        raise LeafError("a value is nested too deeply to be saved") from None
 
 
 _ATOMS = {str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device}

@@ -11,6 +11,11 @@
 #endif
 
 namespace asyncckpt {
+namespace {
+
+constexpr size_t kSlabNbytes = size_t{64} << 20;  // small enough to stop soon
+
+}  // namespace
 
 Arena::Arena(size_t chunks, size_t chunk_nbytes) : chunks_(chunks), chunk_nbytes_(chunk_nbytes) {
   void* memory = ::mmap(nullptr, nbytes(), PROT_READ | PROT_WRITE,
@@ -25,17 +30,35 @@ Arena::Arena(size_t chunks, size_t chunk_nbytes) : chunks_(chunks), chunk_nbytes
 Arena::~Arena() { release(); }
 
 void Arena::release() {
+  for (char* slab : pinned_slabs_) pinned_by_->unregister_memory(slab);
+  pinned_slabs_.clear();
   if (base_ != nullptr) ::munmap(base_, nbytes());
   base_ = nullptr;
 }
 
+bool Arena::populate(size_t offset, size_t slab_nbytes) {
+  return ::madvise(base_ + offset, slab_nbytes, MADV_POPULATE_WRITE) == 0;
+}
+
 void Arena::prefault(const std::atomic<bool>& stop) {
-  constexpr size_t kStep = size_t{32} << 20;  // small enough to stop soon
-  for (size_t offset = 0; offset < nbytes() && !stop; offset += kStep) {
-    const size_t step_nbytes = std::min(kStep, nbytes() - offset);
+  for (size_t offset = 0; offset < nbytes() && !stop; offset += kSlabNbytes)
     // A refusal (old kernel, no memory) is not an error here: the pages come when they are touched.
-    if (::madvise(base_ + offset, step_nbytes, MADV_POPULATE_WRITE) != 0) return;
+    if (!populate(offset, std::min(kSlabNbytes, nbytes() - offset))) return;
+}
+
+DeviceFailure Arena::pin(Device& device, const std::atomic<bool>& stop,
+                         const std::function<void(size_t chunks)>& ready) {
+  pinned_by_ = &device;
+  const size_t slab_chunks = std::max<size_t>(1, kSlabNbytes / chunk_nbytes_);
+  for (size_t first = 0; first < chunks_ && !stop; first += slab_chunks) {
+    const size_t last = std::min(chunks_, first + slab_chunks);
+    const size_t slab_nbytes = (last - first) * chunk_nbytes_;
+    populate(first * chunk_nbytes_, slab_nbytes);
+    if (DeviceFailure failure = device.register_memory(chunk(first), slab_nbytes)) return failure;
+    pinned_slabs_.push_back(chunk(first));
+    ready(last);
   }
+  return {};
 }
 
 }  // namespace asyncckpt

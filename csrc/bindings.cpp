@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -11,6 +12,7 @@
 
 #include "crc32.h"
 #include "device.h"
+#include "device_crc.h"
 #include "engine.h"
 #include "faults.h"
 #include "image.h"
@@ -24,6 +26,8 @@ namespace {
 
 using Int64Table = nb::ndarray<const int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using UInt64Array = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Int32Array = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Streams = std::vector<std::pair<int, uint64_t>>;  // (device, the caller's stream there)
 
 // A wait returns to Python this often, to run signal handlers.
 constexpr double kSignalInterval_s = 0.1;
@@ -94,16 +98,23 @@ struct EngineHandle {
   Engine* const engine;
 };
 
+std::vector<CallerStream> caller_streams(const Streams& streams) {
+  std::vector<CallerStream> plain;
+  for (const auto& [device, handle] : streams) plain.push_back({device, handle});
+  return plain;
+}
+
 nb::tuple times_of(Job& job) {
   const JobTimes times = job.times();
-  return nb::make_tuple(times.released_s, times.written_s, times.finished_s, times.starved_s);
+  return nb::make_tuple(times.enqueued_s, times.released_s, times.written_s, times.finished_s,
+                        times.starved_s);
 }
 
 nb::object error_of(Job& job) {
   const JobError error = job.error();
-  if (error.error_number == 0) return nb::none();
-  return nb::make_tuple(error.operation, error.path, error.offset, error.source,
-                        error.error_number);
+  if (!error) return nb::none();
+  return nb::make_tuple(error.operation, error.path, error.offset, error.source, error.error_number,
+                        error.reason);
 }
 
 nb::object error_of_reading(Reading& reading) {
@@ -121,9 +132,12 @@ nb::object error_of_reading(Reading& reading) {
     case ReadError::Kind::crc:
       kind = "crc";
       break;
+    case ReadError::Kind::device:
+      kind = "device";
+      break;
   }
   return nb::make_tuple(kind, error.operation, error.path, error.block, error.error_number,
-                        error.expected, error.got);
+                        error.expected, error.got, error.reason);
 }
 
 // A reading belongs to the process that began it; in a forked child its threads do not exist.
@@ -132,16 +146,18 @@ struct FileReads {
 
   void add(const std::string& path, uint64_t nbytes, uint64_t block_nbytes,
            std::vector<uint32_t> block_crcs, UInt64Array offsets, UInt64Array sizes,
-           UInt64Array addresses) {
-    if (offsets.shape(0) != sizes.shape(0) || offsets.shape(0) != addresses.shape(0))
-      throw nb::value_error("offsets, sizes and addresses differ in length");
+           UInt64Array addresses, Int32Array devices) {
+    if (offsets.shape(0) != sizes.shape(0) || offsets.shape(0) != addresses.shape(0) ||
+        offsets.shape(0) != devices.shape(0))
+      throw nb::value_error("offsets, sizes, addresses and devices differ in length");
     FileRead file;
     file.path = path;
     file.nbytes = nbytes;
     file.block_nbytes = block_nbytes;
     file.block_crcs = std::move(block_crcs);
     for (size_t i = 0; i < offsets.shape(0); ++i)
-      file.segments.push_back({offsets.data()[i], sizes.data()[i], addresses.data()[i]});
+      file.segments.push_back(
+          {offsets.data()[i], sizes.data()[i], addresses.data()[i], devices.data()[i]});
     files.push_back(std::move(file));
   }
 };
@@ -153,6 +169,8 @@ NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);
   m.doc() = "The native engine: file images to disk and back, without the GIL.";
 
+  nb::exception<DeviceError>(m, "DeviceError", PyExc_RuntimeError);
+
   nb::class_<Image>(m, "Image")
       .def_prop_ro("path", [](const Image& image) { return image.image->path; })
       .def_prop_ro("nbytes", [](const Image& image) { return image.image->nbytes; });
@@ -160,6 +178,19 @@ NB_MODULE(_native, m) {
         "records"_a);
 
   nb::class_<Job>(m, "Job")
+      .def(
+          "wait_enqueued",
+          [](Job& job, double timeout_s) {
+            return wait_interruptibly(timeout_s, [&](double t) { return job.wait_enqueued(t); });
+          },
+          "timeout_s"_a = std::numeric_limits<double>::infinity())
+      .def(
+          "hold_back",
+          [](Job& job, int device, uint64_t stream) {
+            const DeviceFailure failure = job.hold_back({device, stream});
+            if (failure) throw DeviceError(failure);
+          },
+          "device"_a, "stream"_a, nb::call_guard<nb::gil_scoped_release>())
       .def(
           "wait_released",
           [](Job& job, double timeout_s) {
@@ -194,7 +225,7 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](EngineHandle* self, size_t arena_nbytes, size_t chunk_nbytes, unsigned copiers,
-             unsigned writers, bool direct, bool prefault) {
+             unsigned writers, bool direct, bool prefault, std::string driver) {
             if (chunk_nbytes == 0 || chunk_nbytes % kDirectAlignment != 0)
               throw nb::value_error("chunk_nbytes must be a positive multiple of 4096");
             EngineOptions options;
@@ -204,25 +235,38 @@ NB_MODULE(_native, m) {
             options.writers = writers;
             options.direct = direct;
             options.prefault = prefault;
+            options.driver = std::move(driver);
             new (self) EngineHandle(options);
           },
           nb::kw_only(), "arena_nbytes"_a, "chunk_nbytes"_a, "copiers"_a, "writers"_a, "direct"_a,
-          "prefault"_a)
+          "prefault"_a, "driver"_a = "libcuda.so.1")
+      .def(
+          "use_device",
+          [](EngineHandle& handle, int ordinal) {
+            Engine& engine = handle.usable();
+            nb::gil_scoped_release release;
+            engine.use_device(ordinal);
+          },
+          "ordinal"_a)
       .def(
           "submit",
           [](EngineHandle& handle, std::string directory, const std::vector<Image>& images,
-             UInt64Array addresses, UInt64Array sizes) {
+             UInt64Array addresses, UInt64Array sizes, Int32Array devices, const Streams& streams) {
             Engine& engine = handle.usable();
-            if (addresses.shape(0) != sizes.shape(0))
-              throw nb::value_error("addresses and sizes differ in length");
+            if (addresses.shape(0) != sizes.shape(0) || addresses.shape(0) != devices.shape(0))
+              throw nb::value_error("addresses, sizes and devices differ in length");
             std::vector<Source> sources(addresses.shape(0));
             for (size_t i = 0; i < sources.size(); ++i)
-              sources[i] = {addresses.data()[i], sizes.data()[i]};
+              sources[i] = {addresses.data()[i], sizes.data()[i], devices.data()[i]};
             std::vector<std::shared_ptr<const FileImage>> plain;
             for (const Image& image : images) plain.push_back(image.image);
-            return engine.submit(std::move(directory), std::move(plain), std::move(sources));
+            const std::vector<CallerStream> callers = caller_streams(streams);
+            nb::gil_scoped_release release;
+            return engine.submit(std::move(directory), std::move(plain), std::move(sources),
+                                 callers);
           },
-          "directory"_a, "images"_a, "addresses"_a, "sizes"_a, nb::keep_alive<0, 1>())
+          "directory"_a, "images"_a, "addresses"_a, "sizes"_a, "devices"_a, "streams"_a = Streams(),
+          nb::keep_alive<0, 1>())
       .def("close",
            [](EngineHandle& handle) {
              Engine& engine = handle.usable();
@@ -234,22 +278,28 @@ NB_MODULE(_native, m) {
                    [](EngineHandle& handle) { return handle.engine->arena_nbytes(); })
       .def_prop_ro("chunk_nbytes",
                    [](EngineHandle& handle) { return handle.engine->chunk_nbytes(); })
-      .def_prop_ro("prefault_s", [](EngineHandle& handle) { return handle.engine->prefault_s(); });
+      .def_prop_ro("prefault_s", [](EngineHandle& handle) { return handle.engine->prefault_s(); })
+      .def_prop_ro("pin_s", [](EngineHandle& handle) { return handle.engine->pin_s(); })
+      .def_prop_ro("pin_failure", [](EngineHandle& handle) {
+        const DeviceFailure failure = handle.usable().pin_failure();
+        return failure ? failure.operation + ": " + failure.reason : std::string();
+      });
 
   nb::class_<FileReads>(m, "FileReads")
       .def(nb::init<>())
       .def("add", &FileReads::add, "path"_a, "nbytes"_a, "block_nbytes"_a, "block_crcs"_a,
-           "offsets"_a, "sizes"_a, "addresses"_a);
+           "offsets"_a, "sizes"_a, "addresses"_a, "devices"_a);
   m.def(
       "read_files",
-      [](const FileReads& reads, unsigned threads, bool direct) {
+      [](const FileReads& reads, unsigned threads, bool direct, const std::string& driver,
+         const Streams& streams) {
         if (reads.files.empty()) return nb::object(nb::none());
-        Reading reading(reads.files, threads, direct);
+        Reading reading(reads.files, threads, direct, driver, caller_streams(streams));
         wait_interruptibly(std::numeric_limits<double>::infinity(),
                            [&](double t) { return reading.wait(t); });
         return error_of_reading(reading);
       },
-      "reads"_a, "threads"_a, "direct"_a);
+      "reads"_a, "threads"_a, "direct"_a, "driver"_a = "libcuda.so.1", "streams"_a = Streams());
 
   m.def(
       "crc32",
@@ -258,6 +308,19 @@ NB_MODULE(_native, m) {
         return crc32(crc, reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), nbytes);
       },
       "address"_a, "nbytes"_a, "crc"_a = 0);
+  m.def(
+      "device_crc32",
+      [](const std::string& driver, int device, uint64_t stream, uint64_t address,
+         uint64_t nbytes) {
+        nb::gil_scoped_release release;
+        DeviceFailure failure;
+        Device* const opened = Device::get(driver, device, &failure);
+        uint32_t crc = 0;
+        if (opened != nullptr) failure = device_crc32(*opened, stream, address, nbytes, &crc);
+        if (failure) throw DeviceError(failure);
+        return crc;
+      },
+      "driver"_a, "device"_a, "stream"_a, "address"_a, "nbytes"_a);
   m.def(
       "crc32_portable",
       [](nb::bytes data, uint32_t crc) { return crc32_portable(crc, data.c_str(), data.size()); },

@@ -9,9 +9,12 @@
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <system_error>
+#include <utility>
 
 #include "crc32.h"
 #include "device.h"
+#include "faults.h"
 #include "threads.h"
 
 namespace asyncckpt {
@@ -45,6 +48,12 @@ Job::Job(Engine* engine, std::string directory,
   all_claimed_ = files_.empty();
 }
 
+bool Job::wait_enqueued(double timeout_s) {
+  std::unique_lock<std::mutex> lock(engine_->mutex_);
+  return engine_->phase_changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
+                                          [&] { return enqueued_; });
+}
+
 bool Job::wait_released(double timeout_s) {
   std::unique_lock<std::mutex> lock(engine_->mutex_);
   return engine_->phase_changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
@@ -59,7 +68,7 @@ bool Job::wait_finished(double timeout_s) {
 
 void Job::abort() {
   std::lock_guard<std::mutex> lock(engine_->mutex_);
-  if (!finished_) engine_->fail(*this, {"abort", "", -1, -1, ECANCELED});
+  if (!finished_) engine_->fail(*this, {"abort", "", -1, -1, ECANCELED, ""});
 }
 
 bool Job::released() {
@@ -87,12 +96,31 @@ bool Job::direct() {
   return direct_;
 }
 
+DeviceFailure Job::hold_back(CallerStream stream) {
+  std::lock_guard<std::mutex> lock(engine_->mutex_);
+  if (!enqueued_) return {"hold_back", "the copies are not enqueued yet"};
+  if (released_) return {};  // and its events may serve others already
+  for (const DeviceUse& use : devices_)
+    if (use.device->ordinal() == stream.device && use.copies_done != nullptr)
+      return use.device->make_wait(stream.handle, use.copies_done);
+  return {};
+}
+
+// What waits for them goes on waiting: an event's later records don't matter to it.
+void Job::give_events_back() {
+  for (DeviceUse& use : devices_) {
+    use.device->give_back(std::exchange(use.caller_done, nullptr));
+    use.device->give_back(std::exchange(use.copies_done, nullptr));
+  }
+}
+
 // ---- Engine: construction, submission, end -----------------------------------------------------
 
 Engine::Engine(const EngineOptions& options)
     : arena_(std::max<size_t>(1, options.arena_nbytes / options.chunk_nbytes),
              options.chunk_nbytes),
       direct_(options.direct),
+      driver_(options.driver),
       owner_(::getpid()) {
   for (size_t index = arena_.chunks(); index-- > 0;) free_buffers_.push_back(index);
   // Should a thread not be had (a limit on processes), the others must be joined before they are
@@ -122,8 +150,9 @@ void Engine::close() {
     stopping_ = true;
     stop_prefault_ = true;
     for (const JobPtr& job : std::vector<JobPtr>(unfinished_))
-      fail(*job, {"abort", "", -1, -1, ECANCELED});
+      fail(*job, {"abort", "", -1, -1, ECANCELED, ""});
     work_for_copiers_.notify_all();
+    work_for_completer_.notify_all();
     work_for_writers_.notify_all();
   }
   for (std::thread& thread : threads_) thread.join();
@@ -133,9 +162,52 @@ void Engine::close() {
 
 bool Engine::forked() const { return ::getpid() != owner_; }
 
+void Engine::use_device(int ordinal) {
+  const auto is_it = [&](const Device* device) { return device->ordinal() == ordinal; };
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (std::any_of(devices_.begin(), devices_.end(), is_it)) return;
+  }
+  DeviceFailure failure;
+  Device* const device = Device::get(driver_, ordinal, &failure);
+  if (device == nullptr) throw DeviceError(failure);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (stopping_) throw std::runtime_error("the engine is closed");
+  if (devices_.empty()) {
+    start_thread(threads_, [this] { complete_loop(); });
+    try {
+      start_thread(threads_, [this, device] { pin_arena(*device); });
+    } catch (const std::system_error& error) {
+      pinned_chunks_ = arena_.chunks();
+      pin_failure_ = {"starting a thread", error.what()};
+    }
+  }
+  devices_.push_back(device);
+}
+
+void Engine::pin_arena(Device& device) {
+  const double begin_s = now_s();
+  DeviceFailure failure = arena_.pin(device, stop_prefault_, [this](size_t chunks) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    pinned_chunks_ = chunks;
+    work_for_copiers_.notify_all();
+  });
+  pin_s_ = now_s() - begin_s;
+  std::lock_guard<std::mutex> lock(mutex_);
+  pinned_chunks_ = arena_.chunks();
+  pin_failure_ = std::move(failure);
+  work_for_copiers_.notify_all();
+}
+
+DeviceFailure Engine::pin_failure() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return pin_failure_;
+}
+
 std::shared_ptr<Job> Engine::submit(std::string directory,
                                     std::vector<std::shared_ptr<const FileImage>> images,
-                                    std::vector<Source> sources) {
+                                    std::vector<Source> sources,
+                                    const std::vector<CallerStream>& streams) {
   for (const auto& image : images)
     for (const Extent& extent : image->extents) {
       if (extent.source == kLiteral) continue;
@@ -147,10 +219,30 @@ std::shared_ptr<Job> Engine::submit(std::string directory,
                                     std::to_string(extent.nbytes) + " bytes that source " +
                                     std::to_string(source) + " does not have");
     }
+  for (const Source& source : sources)
+    if (source.device != kHost && std::none_of(streams.begin(), streams.end(), [&](auto& stream) {
+          return stream.device == source.device;
+        }))
+      throw std::invalid_argument("no stream was given for device " +
+                                  std::to_string(source.device));
+  for (const CallerStream& stream : streams) use_device(stream.device);
+
   JobPtr job(new Job(this, std::move(directory), std::move(images), std::move(sources),
                      arena_.chunk_nbytes()));
+  DeviceFailure failure;
+  for (const CallerStream& stream : streams) {
+    Device* const device = Device::get(driver_, stream.device, &failure);
+    job->devices_.push_back({device});
+    failure = device->record(stream.handle, &job->devices_.back().caller_done);
+    if (!failure) continue;
+    job->give_events_back();
+    throw DeviceError(failure);
+  }
   std::lock_guard<std::mutex> lock(mutex_);
-  if (stopping_) throw std::runtime_error("the engine is closed");
+  if (stopping_) {
+    job->give_events_back();
+    throw std::runtime_error("the engine is closed");
+  }
   unfinished_.push_back(job);
   if (!job->all_claimed_) to_fill_.push_back(job);
   advance(*job);
@@ -185,9 +277,15 @@ void Engine::give_back(Job& job, std::unique_ptr<Job::Chunk> chunk) {
 // Moves the job to the phases it has reached.
 void Engine::advance(Job& job) {
   const bool no_more_claims = job.all_claimed_ || job.failed_;
+  if (!job.enqueued_ && no_more_claims && job.enqueuing_ == 0) {
+    job.enqueued_ = true;
+    job.times_.enqueued_s = now_s() - job.submitted_s_;
+    phase_changed_.notify_all();
+  }
   if (!job.released_ && no_more_claims && job.filling_ == 0) {
     job.released_ = true;
     job.times_.released_s = now_s() - job.submitted_s_;
+    job.give_events_back();
     phase_changed_.notify_all();
   }
   const bool done = job.failed_ ? job.released_ : job.unfinished_files_ == 0;
@@ -198,11 +296,29 @@ void Engine::advance(Job& job) {
     unfinished_.erase(std::find_if(unfinished_.begin(), unfinished_.end(),
                                    [&](const JobPtr& other) { return other.get() == &job; }));
     phase_changed_.notify_all();
-    if (stopping_) work_for_writers_.notify_all();
+    if (stopping_) {
+      work_for_completer_.notify_all();
+      work_for_writers_.notify_all();
+    }
   }
 }
 
 // ---- Engine: filling ---------------------------------------------------------------------------
+
+// What a copier found out about one chunk.
+struct Engine::Filling {
+  struct From {
+    Device* device;
+    std::vector<DeviceCopy> copies;
+  };
+  std::vector<From> from;  // one for each device of the job
+  int64_t failed_source = -1;
+  uint64_t failed_offset = 0;
+  int error_number = 0;
+  DeviceFailure device_failure;
+
+  bool failed() const { return error_number != 0 || device_failure; }
+};
 
 void Engine::copy_loop() {
   std::unique_lock<std::mutex> lock(mutex_);
@@ -213,7 +329,8 @@ void Engine::copy_loop() {
       continue;
     }
     const JobPtr job = to_fill_.front();
-    if (free_buffers_.empty()) {
+    const size_t buffer = take_buffer(*job);
+    if (buffer == arena_.chunks()) {
       const double begin_s = now_s();
       work_for_copiers_.wait(lock);
       job->times_.starved_s += now_s() - begin_s;
@@ -227,9 +344,9 @@ void Engine::copy_loop() {
     chunk->index = file.claimed++;
     chunk->nbytes = static_cast<size_t>(std::min<uint64_t>(
         arena_.chunk_nbytes(), file.image->nbytes - chunk->index * arena_.chunk_nbytes()));
-    chunk->buffer = free_buffers_.back();
-    free_buffers_.pop_back();
+    chunk->buffer = buffer;
     ++job->outstanding_chunks_;
+    ++job->enqueuing_;
     ++job->filling_;
     if (file.claimed == file.chunks && ++job->claiming_file_ == job->files_.size()) {
       job->all_claimed_ = true;
@@ -237,35 +354,54 @@ void Engine::copy_loop() {
     }
 
     lock.unlock();
-    int64_t failed_source = -1;
-    uint64_t failed_offset = 0;
-    int error_number = 0;
+    Filling filling;
     try {
-      error_number = fill(*job, *chunk, &failed_source, &failed_offset);
+      fill(*job, *chunk, filling);
+      enqueue(*job, *chunk, filling);
     } catch (const std::bad_alloc&) {
-      error_number = ENOMEM;
+      filling.error_number = ENOMEM;
     }
     lock.lock();
-
-    --job->filling_;
-    if (error_number != 0)
-      fail(*job,
-           {"copy", file.path, static_cast<int64_t>(failed_offset), failed_source, error_number});
-    if (job->failed_) {
-      give_back(*job, std::move(chunk));
-    } else {
-      to_checksum_.push_back({job, std::move(chunk)});
-      work_for_writers_.notify_one();
+    if (job->all_claimed_ && job->enqueuing_ == 1 && !job->devices_.empty()) {
+      // No other copier is at this job, and none will be: the job stays not quite enqueued.
+      lock.unlock();
+      record_last_copies(*job, filling);
+      lock.lock();
     }
-    advance(*job);
+
+    if (filling.failed())
+      fail(*job, {filling.device_failure ? filling.device_failure.operation : "copy", file.path,
+                  static_cast<int64_t>(filling.failed_offset), filling.failed_source,
+                  filling.error_number, filling.device_failure.reason});
+    --job->enqueuing_;
+    if (chunk->copying.empty()) {
+      filled(job, std::move(chunk));
+    } else {
+      to_complete_.push_back({job, std::move(chunk)});
+      work_for_completer_.notify_one();
+      advance(*job);
+    }
   }
 }
 
-int Engine::fill(Job& job, Job::Chunk& chunk, int64_t* failed_source, uint64_t* failed_offset) {
+// A free chunk that the job can use; the number of chunks if there is none.
+size_t Engine::take_buffer(const Job& job) {
+  const size_t usable = job.devices_.empty() ? arena_.chunks() : pinned_chunks_;
+  const auto found = std::find_if(free_buffers_.rbegin(), free_buffers_.rend(),
+                                  [&](size_t buffer) { return buffer < usable; });
+  if (found == free_buffers_.rend()) return arena_.chunks();
+  const size_t buffer = *found;
+  free_buffers_.erase(std::next(found).base());
+  return buffer;
+}
+
+// Copies what the host has, and notes what to copy from devices.
+void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling) {
   const FileImage& image = *job.files_[chunk.file]->image;
   char* const buffer = arena_.chunk(chunk.buffer);
   const uint64_t begin = chunk.index * arena_.chunk_nbytes();
   const uint64_t end = begin + chunk.nbytes;
+  for (const Job::DeviceUse& use : job.devices_) filling.from.push_back({use.device, {}});
   auto extent = std::upper_bound(
       image.extents.begin(), image.extents.end(), begin,
       [](uint64_t offset, const Extent& e) { return offset < e.offset + e.nbytes; });
@@ -274,24 +410,103 @@ int Engine::fill(Job& job, Job::Chunk& chunk, int64_t* failed_source, uint64_t* 
     const uint64_t to = std::min(end, extent->offset + extent->nbytes);
     Job::Piece piece{static_cast<size_t>(from - begin), static_cast<size_t>(to - from),
                      extent->record, 0};
+    char* const target = buffer + piece.offset_in_chunk;
     const uint64_t source_offset = extent->source_offset + (from - extent->offset);
     if (extent->source == kLiteral) {
-      std::memcpy(buffer + piece.offset_in_chunk, image.literals.data() + source_offset,
-                  piece.nbytes);
-    } else {
-      const uint64_t address =
-          job.sources_[static_cast<size_t>(extent->source)].address + source_offset;
-      const int error_number =
-          copy_from_host(buffer + piece.offset_in_chunk, address, piece.nbytes);
-      if (error_number != 0) {
-        *failed_source = extent->source;
-        *failed_offset = from;
-        return error_number;
+      std::memcpy(target, image.literals.data() + source_offset, piece.nbytes);
+    } else if (piece.nbytes > 0) {
+      const Source& source = job.sources_[static_cast<size_t>(extent->source)];
+      const uint64_t address = source.address + source_offset;
+      if (source.device == kHost) {
+        filling.error_number = copy_from_host(target, address, piece.nbytes);
+      } else {
+        for (Filling::From& device : filling.from)
+          if (device.device->ordinal() == source.device)
+            device.copies.push_back({target, address, piece.nbytes});
+      }
+      if (filling.error_number != 0) {
+        filling.failed_source = extent->source;
+        filling.failed_offset = from;
+        filling.from.clear();
+        return;
       }
     }
     chunk.pieces.push_back(piece);
   }
-  return 0;
+}
+
+// Sends the copies from devices on their way, and notes in the chunk what tells their end.
+void Engine::enqueue(Job& job, Job::Chunk& chunk, Filling& filling) {
+  for (const Filling::From& from : filling.from) {
+    if (from.copies.empty()) continue;
+    std::call_once(job.ordered_, [&] { order_after_caller(job, filling); });
+    if (filling.failed()) return;
+    filling.error_number = faults::check(faults::Op::copy).error_number;
+    if (filling.failed()) return;
+    DeviceFailure failure = from.device->copy(Device::Way::to_host, from.copies);
+    cuda::Event event = nullptr;
+    // Also after a failure: some copies may be under way, and the chunk is theirs until they end.
+    const DeviceFailure unrecorded = from.device->record(Device::Way::to_host, &event);
+    if (event != nullptr) chunk.copying.push_back({from.device, event});
+    if (!failure) failure = unrecorded;
+    if (failure) {
+      filling.device_failure = std::move(failure);
+      return;
+    }
+  }
+}
+
+void Engine::order_after_caller(Job& job, Filling& filling) {
+  for (const Job::DeviceUse& use : job.devices_)
+    if (DeviceFailure failure = use.device->order_after(Device::Way::to_host, use.caller_done))
+      filling.device_failure = std::move(failure);
+}
+
+void Engine::record_last_copies(Job& job, Filling& filling) {
+  for (Job::DeviceUse& use : job.devices_)
+    if (DeviceFailure failure = use.device->record(Device::Way::to_host, &use.copies_done))
+      filling.device_failure = std::move(failure);
+}
+
+// Sleeps until the devices are done with a chunk, oldest first.
+void Engine::complete_loop() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    if (to_complete_.empty()) {
+      if (stopping_ && unfinished_.empty()) return;
+      work_for_completer_.wait(lock);
+      continue;
+    }
+    Task task = std::move(to_complete_.front());
+    to_complete_.pop_front();
+    lock.unlock();
+    DeviceFailure failure;
+    for (auto& [device, event] : task.chunk->copying) {
+      if (DeviceFailure one = device->wait(event)) failure = std::move(one);
+      device->give_back(event);
+    }
+    task.chunk->copying.clear();
+    lock.lock();
+    if (failure) {
+      const std::string& path = task.job->files_[task.chunk->file]->path;
+      const uint64_t offset = task.chunk->index * arena_.chunk_nbytes();
+      fail(*task.job,
+           {failure.operation, path, static_cast<int64_t>(offset), -1, 0, failure.reason});
+    }
+    filled(task.job, std::move(task.chunk));
+  }
+}
+
+// The chunk has all its bytes, or none will come any more. Expects mutex_ to be held.
+void Engine::filled(const JobPtr& job, std::unique_ptr<Job::Chunk> chunk) {
+  --job->filling_;
+  if (job->failed_) {
+    give_back(*job, std::move(chunk));
+  } else {
+    to_checksum_.push_back({job, std::move(chunk)});
+    work_for_writers_.notify_one();
+  }
+  advance(*job);
 }
 
 // ---- Engine: checksums -------------------------------------------------------------------------
@@ -414,7 +629,7 @@ void Engine::write_out(Task task, std::unique_lock<std::mutex>& lock) {
     error_number = write(*job, *chunk, &operation, &offset);
     lock.lock();
     if (error_number != 0)
-      fail(*job, {operation, file.path, static_cast<int64_t>(offset), -1, error_number});
+      fail(*job, {operation, file.path, static_cast<int64_t>(offset), -1, error_number, ""});
   }
   const bool file_is_whole = !job->failed_ && ++file.written == file.chunks;
   if (!file_is_whole) {
@@ -441,7 +656,7 @@ void Engine::write_out(Task task, std::unique_lock<std::mutex>& lock) {
   lock.lock();
   --job->outstanding_chunks_;
   job->direct_ = job->direct_ && was_direct;
-  if (error_number != 0) fail(*job, {operation, file.path, -1, -1, error_number});
+  if (error_number != 0) fail(*job, {operation, file.path, -1, -1, error_number, ""});
   else --job->unfinished_files_;
   advance(*job);
 }

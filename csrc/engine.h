@@ -4,13 +4,16 @@
 //   - A chunk is the bytes of the file at its own offset; its CRC-32 is that of the bytes written.
 //   - Chunks are granted first-come by job: a later job gets none until an earlier one has claimed
 //     all of its own, so two jobs in flight cannot starve each other.
-//   - `released` comes when no source will be read again, whether the job succeeds or fails;
-//     `finished` when no thread works for the job any more, all its data synced if it succeeded.
+//   - `enqueued` comes when every source in host memory was read, and the copies of all others are on
+//     the way: a device stream that waits for them may then change those. `released` comes when no
+//     source will be read again, whether the job succeeds or fails; `finished` when no thread works
+//     for the job any more, all its data synced if it succeeded.
 //   - A job that fails keeps its first error and stops early. The engine goes on with the others.
 //   - Memory: the arena and nothing that grows with the state.
 //
-// Threads: copiers fill chunks and do nothing else, since that is what training waits for. Writers
-// checksum the filled ones, seal them in file order (fix-ups, CRCs that need earlier ones), write
+// Threads: copiers fill chunks and do nothing else, since that is what training waits for: bytes of
+// the host they copy, copies from devices they enqueue, chunk by chunk. One thread sleeps until the
+// devices are done with a chunk. Writers checksum the filled ones, seal them in file order (fix-ups, CRCs that need earlier ones), write
 // them and sync the files; they run at a lower priority, so that on few cores copying goes first.
 //
 // This file knows files, extents and addresses, and nothing of Python or torch.
@@ -22,13 +25,16 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <sys/types.h>
 
 #include "arena.h"
+#include "device.h"
 #include "file.h"
 #include "image.h"
 
@@ -37,6 +43,7 @@ namespace asyncckpt {
 struct Source {
   uint64_t address;
   uint64_t nbytes;
+  int device = kHost;  // or a CUDA ordinal
 };
 
 struct JobError {
@@ -44,10 +51,14 @@ struct JobError {
   std::string path;
   int64_t offset = -1;   // in the file; -1 when it does not apply
   int64_t source = -1;   // whose bytes could not be read; -1 when it does not apply
-  int error_number = 0;  // 0 when there is no error
+  int error_number = 0;  // 0 when there is no error, or when it is a device's
+  std::string reason;    // what the device's driver says
+
+  explicit operator bool() const { return !operation.empty(); }
 };
 
 struct JobTimes {  // seconds since submit(); negative when it has not happened
+  double enqueued_s = -1;
   double released_s = -1;
   double written_s = -1;   // last byte handed to the kernel
   double finished_s = -1;  // last file synced
@@ -62,8 +73,13 @@ class Job {
   Job& operator=(const Job&) = delete;
 
   // Each waits until the phase is reached or the time is up; true when it was reached.
+  bool wait_enqueued(double timeout_s);
   bool wait_released(double timeout_s);
   bool wait_finished(double timeout_s);
+
+  // Makes the stream's later work wait for the job's copies from its device, not this thread. To be
+  // called once enqueued.
+  DeviceFailure hold_back(CallerStream stream);
 
   // Gives the job up: it fails with operation "abort" unless it has finished or failed before.
   void abort();
@@ -95,6 +111,12 @@ class Job {
     size_t buffer;   // in the arena
     size_t nbytes;
     std::vector<Piece> pieces;
+    std::vector<std::pair<Device*, cuda::Event>> copying;  // until these have happened
+  };
+  struct DeviceUse {
+    Device* device;
+    cuda::Event caller_done = nullptr;  // what the caller had enqueued at submit()
+    cuda::Event copies_done = nullptr;  // recorded behind the last copy, once enqueued
   };
   struct FileState {
     std::shared_ptr<const FileImage> image;
@@ -116,17 +138,22 @@ class Job {
 
   Job(Engine* engine, std::string directory, std::vector<std::shared_ptr<const FileImage>> images,
       std::vector<Source> sources, size_t chunk_nbytes);
+  void give_events_back();
 
   Engine* engine_;
   std::vector<Source> sources_;
   std::vector<std::unique_ptr<FileState>> files_;
+  std::vector<DeviceUse> devices_;
+  std::once_flag ordered_;  // our copies behind the caller's work
   // All below is guarded by Engine::mutex_.
   size_t claiming_file_ = 0;
   size_t outstanding_chunks_ = 0;  // claimed and not yet given back
-  size_t filling_ = 0;
+  size_t enqueuing_ = 0;           // claimed, and a copier is still at it
+  size_t filling_ = 0;             // claimed, and copies are still under way
   size_t unfinished_files_ = 0;
   bool all_claimed_ = false;
   bool failed_ = false;
+  bool enqueued_ = false;
   bool released_ = false;
   bool finished_ = false;
   bool direct_ = true;
@@ -140,8 +167,9 @@ struct EngineOptions {
   size_t chunk_nbytes = size_t{4} << 20;  // also the size of a CRC block; a multiple of 4096
   unsigned copiers = 1;
   unsigned writers = 4;
-  bool direct = true;    // try O_DIRECT
-  bool prefault = true;  // make the arena's pages present in the background
+  bool direct = true;                   // try O_DIRECT
+  bool prefault = true;                 // make the arena's pages present in the background
+  std::string driver = "libcuda.so.1";  // loaded when a device is first used
 };
 
 class Engine {
@@ -152,10 +180,17 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  // Sources must stay readable until the job is released. `directory` must exist, the files must not.
+  // Gets ready for sources on a device: pins the arena, in the background, if no other device has
+  // asked for that. Throws DeviceError. Idempotent.
+  void use_device(int ordinal);
+
+  // Sources must stay readable until the job is released; those on devices are read as they are once
+  // the caller's stream of that device, of which there must be one, has done what it has now.
+  // `directory` must exist, the files must not. Throws DeviceError.
   std::shared_ptr<Job> submit(std::string directory,
                               std::vector<std::shared_ptr<const FileImage>> images,
-                              std::vector<Source> sources);
+                              std::vector<Source> sources,
+                              const std::vector<CallerStream>& streams = {});
 
   // Aborts what is in flight, so that every job finishes, and joins the threads. Idempotent.
   void close();
@@ -164,6 +199,8 @@ class Engine {
   size_t arena_nbytes() const { return arena_.nbytes(); }
   size_t chunk_nbytes() const { return arena_.chunk_nbytes(); }
   double prefault_s() const { return prefault_s_; }  // negative until done
+  double pin_s() const { return pin_s_; }            // the same
+  DeviceFailure pin_failure();                       // why part of the arena is not pinned
 
  private:
   friend class Job;
@@ -173,9 +210,18 @@ class Engine {
     std::unique_ptr<Job::Chunk> chunk;
   };
 
+  struct Filling;
+
   void copy_loop();
+  void complete_loop();
   void write_loop();
-  int fill(Job& job, Job::Chunk& chunk, int64_t* failed_source, uint64_t* failed_offset);
+  void pin_arena(Device& device);
+  size_t take_buffer(const Job& job);
+  void fill(Job& job, Job::Chunk& chunk, Filling& filling);
+  void enqueue(Job& job, Job::Chunk& chunk, Filling& filling);
+  void order_after_caller(Job& job, Filling& filling);
+  void record_last_copies(Job& job, Filling& filling);
+  void filled(const JobPtr& job, std::unique_ptr<Job::Chunk> chunk);
   void checksum(Task task, std::unique_lock<std::mutex>& lock);
   void seal_ready(const JobPtr& job, size_t file, std::unique_lock<std::mutex>& lock);
   void seal(Job::FileState& file, Job::Chunk& chunk);
@@ -188,19 +234,26 @@ class Engine {
 
   Arena arena_;
   const bool direct_;
+  const std::string driver_;
   const pid_t owner_;
   std::mutex mutex_;
   std::condition_variable work_for_copiers_;
+  std::condition_variable work_for_completer_;
   std::condition_variable work_for_writers_;
   std::condition_variable phase_changed_;
   std::deque<JobPtr> to_fill_;
+  std::deque<Task> to_complete_;
   std::deque<Task> to_checksum_;
   std::deque<Task> to_write_;
   std::vector<size_t> free_buffers_;
   std::vector<JobPtr> unfinished_;
+  std::vector<Device*> devices_;
+  size_t pinned_chunks_ = 0;  // from the first; all of them once pinning has ended, however it did
+  DeviceFailure pin_failure_;
   bool stopping_ = false;
   std::atomic<bool> stop_prefault_{false};
   std::atomic<double> prefault_s_{-1};
+  std::atomic<double> pin_s_{-1};
   std::vector<std::thread> threads_;
 };
 

@@ -1,19 +1,87 @@
 #include "reader.h"
 
 #include <errno.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 
+#include "arena.h"
 #include "crc32.h"
 #include "threads.h"
 
 namespace asyncckpt {
 
-Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct)
+// One thread's: while a device still copies out of one, the other is filled.
+class Reading::Buffers {
+ public:
+  Buffers(size_t nbytes, const std::vector<Device*>& devices)
+      : arena_(2, nbytes), devices_(devices) {
+    // Not pinned, it is slower and no less right.
+    if (!devices.empty()) arena_.pin(*devices[0], std::atomic<bool>{false}, [](size_t) {});
+  }
+  ~Buffers() {
+    for (auto& side : leaving_)
+      for (auto& [device, event] : side) {
+        device->wait(event);
+        device->give_back(event);
+      }
+  }
+  Buffers(const Buffers&) = delete;
+  Buffers& operator=(const Buffers&) = delete;
+
+  // Turns to the other buffer, and waits until it is free.
+  DeviceFailure turn() {
+    side_ = 1 - side_;
+    DeviceFailure failure;
+    for (auto& [device, event] : leaving_[side_]) {
+      if (DeviceFailure one = device->wait(event)) failure = std::move(one);
+      device->give_back(event);
+    }
+    leaving_[side_].clear();
+    return failure;
+  }
+
+  char* data() const { return arena_.chunk(side_); }
+
+  void add(const Segment& segment, uint64_t from, uint64_t to, uint64_t begin) {
+    copies_.push_back({data() + (from - begin), segment.address + (from - segment.offset),
+                       static_cast<size_t>(to - from)});
+    of_.push_back(segment.device);
+  }
+
+  // Sends what was added on its way.
+  DeviceFailure send() {
+    DeviceFailure failure;
+    for (Device* device : devices_) {
+      mine_.clear();
+      for (size_t i = 0; i < copies_.size(); ++i)
+        if (of_[i] == device->ordinal()) mine_.push_back(copies_[i]);
+      if (mine_.empty() || failure) continue;
+      failure = device->copy(Device::Way::to_device, mine_);
+      cuda::Event event = nullptr;
+      const DeviceFailure unrecorded = device->record(Device::Way::to_device, &event);
+      if (event != nullptr) leaving_[side_].push_back({device, event});
+      if (!failure) failure = unrecorded;
+    }
+    copies_.clear();
+    of_.clear();
+    return failure;
+  }
+
+ private:
+  Arena arena_;
+  const std::vector<Device*>& devices_;
+  size_t side_ = 0;
+  std::vector<DeviceCopy> copies_, mine_;
+  std::vector<int> of_;
+  std::vector<std::pair<Device*, cuda::Event>> leaving_[2];
+};
+
+Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct,
+                 const std::string& driver, const std::vector<CallerStream>& streams)
     : files_(std::move(files)), direct_(direct) {
   uint64_t total = 0;
   for (const FileRead& file : files_) {
@@ -36,6 +104,7 @@ Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct)
     opened_.push_back(std::make_unique<Opened>());
   }
   first_block_.push_back(total);
+  use_devices(driver, streams);
   running_ = static_cast<size_t>(std::min<uint64_t>(std::max(1u, threads), total));
   const size_t wanted = running_;
   try {
@@ -65,33 +134,65 @@ ReadError Reading::error() {
   return error_;
 }
 
-void Reading::read_loop() {
-  void* memory =
-      ::mmap(nullptr, buffer_nbytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory != MAP_FAILED) {
-    ::madvise(memory, buffer_nbytes_, MADV_DONTFORK);  // as in arena.h
-    ::madvise(memory, buffer_nbytes_, MADV_HUGEPAGE);
+void Reading::use_devices(const std::string& driver, const std::vector<CallerStream>& streams) {
+  for (const CallerStream& stream : streams) {
+    DeviceFailure failure;
+    Device* const device = Device::get(driver, stream.device, &failure);
+    if (device == nullptr) throw DeviceError(failure);
+    devices_.push_back(device);
+    cuda::Event event = nullptr;
+    failure = device->record(stream.handle, &event);
+    if (!failure) failure = device->order_after(Device::Way::to_device, event);
+    device->give_back(event);
+    if (failure) throw DeviceError(failure);
   }
-  for (;;) {
-    const uint64_t block = next_block_++;
-    if (stopping_ || block >= first_block_.back()) break;
-    const auto after = std::upper_bound(first_block_.begin(), first_block_.end(), block);
-    const auto file = static_cast<size_t>(after - first_block_.begin()) - 1;
-    ReadError error =
-        memory == MAP_FAILED
-            ? ReadError{ReadError::Kind::os, "mmap", files_[file].path, 0, ENOMEM, 0, 0}
-            : read_block(file, block - first_block_[file], static_cast<char*>(memory));
-    if (error.kind == ReadError::Kind::none) continue;
+  for (const FileRead& file : files_)
+    for (const Segment& segment : file.segments)
+      if (segment.device != kHost &&
+          std::none_of(streams.begin(), streams.end(),
+                       [&](auto& stream) { return stream.device == segment.device; }))
+        throw std::invalid_argument("no stream was given for device " +
+                                    std::to_string(segment.device));
+}
+
+void Reading::read_loop() {
+  uint64_t block = 0;
+  ReadError error = read_all(&block);
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (error.kind != ReadError::Kind::none) {
     stopping_ = true;
-    std::lock_guard<std::mutex> lock(mutex_);
     if (block < error_at_) {
       error_at_ = block;
       error_ = std::move(error);
     }
   }
-  if (memory != MAP_FAILED) ::munmap(memory, buffer_nbytes_);
-  std::lock_guard<std::mutex> lock(mutex_);
   if (--running_ == 0) finished_.notify_all();
+}
+
+// Reads blocks until there are no more, and returns once they have arrived; or the first error.
+ReadError Reading::read_all(uint64_t* block) {
+  const auto position = [&] {
+    const auto after = std::upper_bound(first_block_.begin(), first_block_.end(), *block);
+    return static_cast<size_t>(after - first_block_.begin()) - 1;
+  };
+  try {
+    Buffers buffers(buffer_nbytes_, devices_);
+    for (;;) {
+      const uint64_t next = next_block_++;
+      if (stopping_ || next >= first_block_.back()) break;
+      *block = next;
+      const size_t file = position();
+      ReadError error = read_block(file, next - first_block_[file], buffers);
+      if (error.kind != ReadError::Kind::none) return error;
+    }
+    for (int side = 0; side < 2; ++side)
+      if (DeviceFailure failure = buffers.turn())
+        return {ReadError::Kind::device, failure.operation, files_[position()].path, 0, 0, 0, 0,
+                failure.reason};
+  } catch (const std::bad_alloc&) {
+    return {ReadError::Kind::os, "mmap", files_[position()].path, 0, ENOMEM, 0, 0, ""};
+  }
+  return {};
 }
 
 ReadError Reading::open(size_t index) {
@@ -103,15 +204,15 @@ ReadError Reading::open(size_t index) {
     if (error_number == 0) error_number = opened_[index]->file.size(&nbytes);
     if (error_number != 0) {
       opened_[index]->file.close();
-      error = {ReadError::Kind::os, "open", wanted.path, 0, error_number, 0, 0};
+      error = {ReadError::Kind::os, "open", wanted.path, 0, error_number, 0, 0, ""};
     } else if (nbytes != wanted.nbytes) {
-      error = {ReadError::Kind::size, "stat", wanted.path, 0, 0, wanted.nbytes, nbytes};
+      error = {ReadError::Kind::size, "stat", wanted.path, 0, 0, wanted.nbytes, nbytes, ""};
     }
   });
   return error;
 }
 
-ReadError Reading::read_block(size_t index, uint64_t block, char* buffer) {
+ReadError Reading::read_block(size_t index, uint64_t block, Buffers& buffers) {
   const FileRead& file = files_[index];
   const uint64_t begin = block * file.block_nbytes;
   const auto nbytes = static_cast<size_t>(
@@ -124,24 +225,33 @@ ReadError Reading::read_block(size_t index, uint64_t block, char* buffer) {
   if (error.kind != ReadError::Kind::none || !opened_[index]->file.is_open()) return error;
   if (nbytes == 0 || (!needed && file.block_crcs.empty())) return {};
 
+  DeviceFailure failure = buffers.turn();
+  char* const buffer = buffers.data();
   const int error_number =
       opened_[index]->file.read(buffer, nbytes, round_up(nbytes, kDirectAlignment), begin);
   if (error_number == ENODATA)
-    return {ReadError::Kind::size, "pread", file.path, block, 0, begin + nbytes, begin};
+    return {ReadError::Kind::size, "pread", file.path, block, 0, begin + nbytes, begin, ""};
   if (error_number != 0)
-    return {ReadError::Kind::os, "pread", file.path, block, error_number, 0, 0};
+    return {ReadError::Kind::os, "pread", file.path, block, error_number, 0, 0, ""};
   if (!file.block_crcs.empty()) {
     const uint32_t crc = crc32(0, buffer, nbytes);
     if (crc != file.block_crcs[block])
-      return {ReadError::Kind::crc, "crc32", file.path, block, 0, file.block_crcs[block], crc};
+      return {ReadError::Kind::crc, "crc32", file.path, block, 0, file.block_crcs[block], crc, ""};
   }
   for (; segment != file.segments.end() && segment->offset < begin + nbytes; ++segment) {
     const uint64_t from = std::max(begin, segment->offset);
     const uint64_t to = std::min<uint64_t>(begin + nbytes, segment->offset + segment->nbytes);
+    if (segment->device != kHost) {
+      buffers.add(*segment, from, to, begin);
+      continue;
+    }
     std::memcpy(reinterpret_cast<void*>(
                     static_cast<uintptr_t>(segment->address + (from - segment->offset))),
                 buffer + (from - begin), static_cast<size_t>(to - from));
   }
+  if (!failure) failure = buffers.send();
+  if (failure)
+    return {ReadError::Kind::device, failure.operation, file.path, block, 0, 0, 0, failure.reason};
   return {};
 }
 

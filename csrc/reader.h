@@ -1,4 +1,6 @@
 // The reading engine: files -> memory, every block checked against its CRC-32 in the same pass.
+//
+// A block on its way to a device leaves its buffer while the next one is read and checked in another.
 #pragma once
 
 #include <atomic>
@@ -10,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "device.h"
 #include "file.h"
 
 namespace asyncckpt {
@@ -18,6 +21,7 @@ struct Segment {  // bytes of a file and where they go
   uint64_t offset;
   uint64_t nbytes;
   uint64_t address;
+  int device = kHost;  // or a CUDA ordinal
 };
 
 struct FileRead {
@@ -31,20 +35,23 @@ struct FileRead {
 };
 
 struct ReadError {
-  enum class Kind { none, os, size, crc } kind = Kind::none;
+  enum class Kind { none, os, size, crc, device } kind = Kind::none;
   std::string operation;
   std::string path;
   uint64_t block = 0;
   int error_number = 0;
   uint64_t expected = 0;
   uint64_t got = 0;
+  std::string reason;  // what a device's driver says
 };
 
 // Runs in threads of its own until it ends, fails or is cancelled; it stops at the first error.
-// A block's bytes reach their targets only after the block was found good.
+// A block's bytes reach their targets only after the block was found good; those on devices after
+// what the caller's stream of that device had to do, and before the reading is over.
 class Reading {
  public:
-  Reading(std::vector<FileRead> files, unsigned threads, bool direct);
+  Reading(std::vector<FileRead> files, unsigned threads, bool direct,
+          const std::string& driver = "", const std::vector<CallerStream>& streams = {});
   ~Reading();  // cancels and joins
   Reading(const Reading&) = delete;
   Reading& operator=(const Reading&) = delete;
@@ -59,8 +66,12 @@ class Reading {
     std::once_flag once;
   };
 
+  class Buffers;
+
+  void use_devices(const std::string& driver, const std::vector<CallerStream>& streams);
   void read_loop();
-  ReadError read_block(size_t file, uint64_t block, char* buffer);
+  ReadError read_all(uint64_t* block);
+  ReadError read_block(size_t file, uint64_t block, Buffers& buffers);
   ReadError open(size_t file);
 
   std::vector<FileRead> files_;
@@ -68,6 +79,7 @@ class Reading {
   std::vector<uint64_t>
       first_block_;  // of each file, in one numbering over all files; plus the total
   const bool direct_;
+  std::vector<Device*> devices_;
   size_t buffer_nbytes_ = 0;
   std::atomic<uint64_t> next_block_{0};
   std::atomic<bool> stopping_{false};

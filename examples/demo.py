@@ -58,6 +58,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.steps < 4 * arguments.save_every:
         parser.error("--steps must hold at least four saves: some before the kill, some after")
+    if arguments.device == "cuda":
+        from train_gpt import why_no_cuda  # torch is imported here only for that question
+
+        if reason := why_no_cuda():
+            parser.error(f"--device cuda: {reason}")
     return arguments
 
 

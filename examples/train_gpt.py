@@ -57,11 +57,26 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.save_every < 1:
         parser.error("--steps and --save-every count from 1")
+    if arguments.device == "cuda" and (reason := why_no_cuda()):
+        parser.error(f"--device cuda: {reason}")
     return arguments
 
 
+def why_no_cuda() -> str | None:
+    """What keeps torch from using a CUDA device here; None if nothing does."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    return f"torch {torch.__version__} finds no CUDA device and driver that it can use (does nvidia-smi?)"
+
+
 def make_deterministic(arguments: argparse.Namespace) -> None:
-    """One seed, one number of threads, no kernel whose result depends on timing."""
+    """One seed, one number of threads, no kernel whose result depends on timing.
+
+    On CUDA, an operation that has no such kernel raises. Bits are those of one kind of GPU and one version
+    of torch: others choose other kernels.
+    """
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(arguments.seed)
@@ -101,13 +116,29 @@ def state_of(owners: dict[str, Any]) -> dict[str, Any]:
     return {name: owner.state_dict() for name, owner in owners.items()}
 
 
-def time_torch_save(owners: dict[str, Any], path: Path) -> float:
+def generator_states(device: str) -> dict[str, Any]:
+    """The state of every generator of torch; on CUDA, of every device."""
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if device == "cuda" else [],
+    }
+
+
+def settle(device: str) -> None:
+    """Wait until all work that was enqueued on the device is done, so that a clock tells the truth."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_torch_save(owners: dict[str, Any], path: Path, device: str) -> float:
     """Seconds that training loses to a checkpoint written the usual way, made durable."""
+    settle(device)  # what the step, or a save in flight, still has there is not torch.save's
     begin = time.perf_counter()
     with path.open("wb") as file:
         torch.save(state_of(owners), file)
         file.flush()
         os.fsync(file.fileno())
+    settle(device)
     return time.perf_counter() - begin
 
 
@@ -184,14 +215,14 @@ def main() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM_MAX)
             optimizer.step()
             sched.step()
-            loss_value = float(loss.item())
+            loss_value = float(loss.item())  # waits for the device: step_s is the whole of a step
 
             saved = step % arguments.save_every == 0
             if saved:
                 log.watch(ckpt.save(step))  # returns at once
             torch_save_s = None
             if arguments.time_torch_save and step % arguments.save_every == arguments.save_every // 2:
-                torch_save_s = time_torch_save(owners, arguments.time_torch_save)
+                torch_save_s = time_torch_save(owners, arguments.time_torch_save, arguments.device)
             log.write(
                 "step",
                 step=step,
@@ -207,9 +238,7 @@ def main() -> None:
 
     if arguments.final:
         final = state_of(owners)
-        final["rng"] = {"torch": torch.get_rng_state()}
-        if arguments.device == "cuda":
-            final["rng"]["cuda"] = torch.cuda.get_rng_state()
+        final["rng"] = generator_states(arguments.device)
         arguments.final.write_text(json.dumps(digests(final), indent=1))
 
 

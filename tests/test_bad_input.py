@@ -536,8 +536,8 @@ def test_a_save_finishes_while_the_next_waits_for_room(tmp_path: Path, layout: s
     first = run.checkpointer.save(20)
     fence = run.checkpointer.fence
 
-    def slow_fence() -> None:
-        fence()
+    def slow_fence(*, on_host: bool = True) -> None:
+        fence(on_host=on_host)
         first._save.done.wait()  # the committer was faster than this thread
 
     run.checkpointer.fence = slow_fence  # type: ignore[method-assign]

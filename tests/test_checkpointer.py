@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import optimizer as torch_optimizer
 
 from asyncckpt import AsyncCheckpointer, _native
 from asyncckpt.errors import (
@@ -48,6 +49,30 @@ def visible(root: Path) -> list[str]:
 
 
 # ---------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("which", ["asyncckpt-heartbeat", "asyncckpt-committer"])
+def test_a_thread_that_cannot_be_had_leaves_nothing_behind(
+    which: str, tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == which:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def left() -> tuple[int, int]:
+        return len(list(Path("/proc/self/task").iterdir())), len(torch_optimizer._global_optimizer_pre_hooks)
+
+    before = left()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start"):
+        AsyncCheckpointer(tmp_path / "root", model=model)
+    assert left() == before
+    monkeypatch.undo()
+    with AsyncCheckpointer(tmp_path / "root", model=model) as checkpointer:
+        checkpointer.save(1)
 
 
 def test_a_root_that_is_a_file(tmp_path: Path, model: nn.Module) -> None:

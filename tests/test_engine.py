@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from asyncckpt import _native
+from asyncckpt.devices import HOST
 from asyncckpt.formats.image import FileImage, ImageBuilder
 
 CHUNK = 4096
@@ -52,6 +53,7 @@ def submit(
         [native(image) for image in images],
         np.array([a.ctypes.data for a in arrays], dtype=np.uint64),
         np.array([a.nbytes for a in arrays], dtype=np.uint64),
+        np.full(len(arrays), HOST, dtype=np.int32),
     )
 
 
@@ -129,7 +131,7 @@ def test_an_error_is_reported_and_the_engine_goes_on(tmp_path: Path, op: object)
     assert job.wait_finished(30)
     assert _native.faults.hits(op) == 1
     assert job.released
-    operation, path, _, _, number = job.error
+    operation, path, _, _, number, _ = job.error
     assert number == errno.ENOSPC
     assert path == str(tmp_path / "big")
     assert operation in {"open", "fallocate", "pwrite", "fsync", "copy"}
@@ -170,6 +172,7 @@ def test_a_source_that_went_away_fails_the_job_and_names_it(tmp_path: Path) -> N
         [native(image)],
         np.array([address], dtype=np.uint64),
         np.array([array.nbytes], dtype=np.uint64),
+        np.array([HOST], dtype=np.int32),
     )
     assert _native.faults.wait_for_hits(Op.copy, 1)
     del view
@@ -177,7 +180,7 @@ def test_a_source_that_went_away_fails_the_job_and_names_it(tmp_path: Path) -> N
     _native.faults.resume()
     assert job.wait_finished(30)
     assert _native.copy_is_checked()
-    operation, path, _, source, number = job.error
+    operation, path, _, source, number, _ = job.error
     assert (operation, source, number) == ("copy", 0, errno.EFAULT)
     assert path.endswith("big")
 
@@ -295,7 +298,8 @@ def test_images_that_break_their_guarantees_are_refused() -> None:
 def read_back(path: Path, crcs: list[int], nbytes: int, segments: list[tuple[int, int, int]]) -> object:
     reads = _native.FileReads()
     table = np.array(segments, dtype=np.uint64).reshape(-1, 3)
-    reads.add(str(path), nbytes, CHUNK, crcs, *(np.ascontiguousarray(table[:, i]) for i in range(3)))
+    columns = (np.ascontiguousarray(table[:, i]) for i in range(3))
+    reads.add(str(path), nbytes, CHUNK, crcs, *columns, np.full(len(table), HOST, dtype=np.int32))
     return _native.read_files(reads, 3, True)
 
 

@@ -75,10 +75,10 @@ class Watched(AsyncCheckpointer):
     def __enter__(self) -> Watched:
         return self
 
-    def fence(self) -> None:
+    def fence(self, *, on_host: bool = True) -> None:
         self.fencers.append(threading.get_ident())
         faults.disarm()
-        super().fence()
+        super().fence(on_host=on_host)
 
 
 class Worker(threading.Thread):
@@ -366,7 +366,7 @@ def test_an_interrupt_while_close_fences_does_not_hang(
 def test_an_interrupt_before_close_fenced_does_not_hang(
     tmp_path: Path, model: nn.Linear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(save: Save, timeout_s: float) -> None:
+    def interrupted(save: Save, timeout_s: float, on_host: bool = True) -> None:
         raise KeyboardInterrupt
 
     checkpointer = AsyncCheckpointer(tmp_path, model=model)

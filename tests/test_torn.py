@@ -29,6 +29,7 @@ from asyncckpt.snapshot import Guard
 faults = _native.faults
 Op, Kind = faults.Op, faults.Kind
 LAYOUTS = ["dcp", "megatron"]
+ROUNDS = 250  # of each of four variants
 PLENTY = 1 << 20  # of host memory, for the small states here: a copier never waits for the disk
 
 
@@ -146,7 +147,7 @@ def test_training_goes_on_at_once_for_a_thousand_rounds(
     arena = 1 << 16  # the least there is
     assert arena * 8 <= state_nbytes
     pending: deque[tuple[Any, dict[str, torch.Tensor]]] = deque()
-    rounds, compared = 250, 0
+    rounds, compared = ROUNDS, 0
     with AsyncCheckpointer(
         tmp_path,
         model=model,
@@ -370,6 +371,38 @@ def test_storage_that_goes_away_in_flight(
         assert checkpointer.steps()[-1] == 2
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_is_left_for_the_garbage_collector(tmp_path: Path, layout: str) -> None:
+    """A cycle would keep tensors, those that save() copied too, long after the save."""
+    model, optimizer, _, step = make({"fused": True})
+    extra = {"odd": [torch.ones(3)], "object": SimpleNamespace(t=torch.ones(3))}
+    with AsyncCheckpointer(
+        tmp_path, model=model, optimizer=optimizer, extra=extra, layout=layout
+    ) as checkpointer:
+        checkpointer.save(1).wait()
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            handle = checkpointer.save(2)
+            step()
+            handle.wait()
+            gc.collect()
+            left = [value for value in gc.garbage if isinstance(value, torch.Tensor)]
+            lists = [value for value in gc.garbage if isinstance(value, list | dict | tuple)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+        assert not left
+        assert not [
+            v
+            for each in lists
+            for v in (each.values() if isinstance(each, dict) else each)
+            if isinstance(v, torch.Tensor)
+        ]
+
+
 # ---------------------------------------------------------------------------- the step fence
 
 
@@ -378,10 +411,10 @@ class Watched(AsyncCheckpointer):
 
     fenced = 0
 
-    def fence(self) -> None:
+    def fence(self, *, on_host: bool = True) -> None:
         self.fenced += 1
         faults.disarm()
-        super().fence()
+        super().fence(on_host=on_host)
 
 
 def test_an_optimizer_that_was_not_handed_over_is_fenced_if_it_shares_a_parameter(tmp_path: Path) -> None:
@@ -706,8 +739,8 @@ def test_room_may_be_made_by_the_committer_while_the_fence_waits(tmp_path: Path)
     handles: list[Any] = []
 
     class Slow(AsyncCheckpointer):
-        def fence(self) -> None:
-            super().fence()
+        def fence(self, *, on_host: bool = True) -> None:
+            super().fence(on_host=on_host)
             for handle in handles:
                 assert handle._save.done.wait(30)
 

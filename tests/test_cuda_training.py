@@ -1,0 +1,515 @@
+"""A training job whose state is on CUDA devices: what is blocked, what is held, what is refused.
+
+Over the driver double. `torch` here knows no CUDA; see `fake_cuda` for what is real and what is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from asyncckpt import AsyncCheckpointer, _native, devices
+from asyncckpt.errors import CaptureError, DeviceError, LeafError, SaveError, SaveTimeoutError, TornStateError
+from asyncckpt.snapshot import Snapshot
+from tests.cuda_double import ILLEGAL_ADDRESS, OUT_OF_MEMORY, Double
+from tests.fake_cuda import FakeCuda
+from tests.test_torn import stored
+
+faults = _native.faults
+LAYOUTS = ["dcp", "megatron"]
+SYNCHRONOUS = {"cuCtxSynchronize", "cuStreamSynchronize", "cuMemcpyDtoH_v2", "cuMemcpyHtoD_v2"}
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
+    double = Double()
+    double.reset(seed=3, delay_us_max=50)
+    with FakeCuda(double) as world:
+        monkeypatch.setattr(devices, "seam", world)
+        yield world
+    double.reset()
+
+
+class Job:
+    """A model over two devices and the host, trained with fused AdamW."""
+
+    def __init__(self, world: FakeCuda, spread: bool = False) -> None:
+        torch.manual_seed(0)
+        self.world = world
+        self.model = nn.Sequential(nn.Linear(64, 96), nn.BatchNorm1d(96), nn.Linear(96, 64))
+        world.module_to(self.model)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=True)
+        self.extra: dict[str, Any] = {"host": torch.arange(10.0), "scale": 3}
+        if spread:
+            self.extra["far"] = world.to_device(torch.arange(5000.0), 1)
+
+    def step(self) -> None:
+        self.forward_backward()
+        self.optimizer.step()
+
+    def forward_backward(self) -> None:
+        self.optimizer.zero_grad()
+        inputs = self.world.to_device(torch.randn(8, 64))
+        self.model(inputs).square().mean().backward()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Host copies of all there is."""
+        found = {f"model.{key}": value for key, value in self.model.state_dict().items()}
+        for name, param in self.model.named_parameters():
+            for key, value in self.optimizer.state[param].items():
+                found[f"optimizer.state.{name}.{key}"] = value
+        return {name: self.world.to_host(value) for name, value in found.items()}
+
+    def checkpointer(self, root: Path, **options: Any) -> AsyncCheckpointer:
+        return AsyncCheckpointer(
+            root, model=self.model, optimizer=self.optimizer, extra=self.extra, **options
+        )
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+# ---------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("host_memory", [1 << 16, 1 << 22])
+def test_resuming_continues_bit_for_bit(
+    world: FakeCuda, tmp_path: Path, layout: str, host_memory: int
+) -> None:
+    job = Job(world, spread=True)
+    with job.checkpointer(tmp_path, layout=layout, host_memory=host_memory) as checkpointer:
+        for step in range(1, 4):
+            job.step()
+            checkpointer.save(step)
+        saved = job.tensors()
+        for _ in range(3):
+            job.step()
+        expected = job.tensors()
+    again = Job(world, spread=True)
+    world.kernel(lambda alias: alias.zero_(), again.extra["far"])
+    with again.checkpointer(tmp_path, layout=layout, host_memory=host_memory) as checkpointer:
+        resume = checkpointer.load_latest()
+        assert resume is not None
+        assert resume.step == 3
+        assert resume.verified
+        assert same(again.tensors(), saved)
+        assert all(world.device_of(param) == 0 for param in again.model.parameters())
+        assert torch.equal(world.to_host(again.extra["far"]), torch.arange(5000.0))
+        for _ in range(3):
+            again.step()
+        assert same(again.tensors(), expected)
+    log = {name for name, _ in world.double.log()}
+    assert not SYNCHRONOUS & log
+    assert world.double.counter("pageable") == 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stock_torch_reads_what_was_on_devices(world: FakeCuda, tmp_path: Path, layout: str) -> None:
+    job = Job(world)
+    job.step()
+    expected = job.tensors()
+    with job.checkpointer(tmp_path, layout=layout) as checkpointer:
+        checkpointer.save(1)
+        job.step()
+    found = stored(tmp_path, layout, 1)
+    assert torch.equal(found["model.0.weight"], expected["model.0.weight"])
+    assert not torch.equal(found["model.0.weight"], job.tensors()["model.0.weight"])
+
+
+# ---------------------------------------------------------------------------- what blocks whom
+
+
+def test_the_step_goes_on_while_the_link_stands_still(world: FakeCuda, tmp_path: Path) -> None:
+    """Nothing is copied when the host is through the step: the device waits, the host does not."""
+    job = Job(world)
+    job.step()
+    expected = job.tensors()
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer:
+        checkpointer.save(1).wait()
+        world.double.hold_copies()
+        handle = checkpointer.save(2)
+        job.forward_backward()
+        world.double.clear_log()
+        job.optimizer.step()  # returns, or the test's deadline ends it
+        mine = world.double.thread_number()
+        log = world.double.log()
+        assert "cuEventSynchronize" not in {name for name, thread in log if thread == mine}
+        assert ("cuStreamWaitEvent", mine) in log
+        assert not handle.done()
+        assert "released" not in handle.report.phases
+        world.double.release_copies()
+        handle.wait()
+        assert not same(job.tensors(), expected)
+    assert torch.equal(stored(tmp_path, "dcp", 2)["model.0.weight"], expected["model.0.weight"])
+
+
+def test_without_the_devices_wait_the_same_test_sees_a_tear(world: FakeCuda, tmp_path: Path) -> None:
+    job = Job(world)
+    job.step()
+    expected = job.tensors()
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer:
+        checkpointer.save(1).wait()
+        with world.double.ignoring("cuStreamWaitEvent"), world.double.holding_copies():
+            handle = checkpointer.save(2)
+            job.step()
+            world.synchronize()  # the step has happened, no byte is copied
+        handle.wait()
+    assert not torch.equal(stored(tmp_path, "dcp", 2)["model.0.weight"], expected["model.0.weight"])
+
+
+def test_a_fence_that_waits_for_the_last_save_only_tears(
+    world: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted misuse: the stream is made to wait before all copies are enqueued."""
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path, host_memory=1 << 16) as checkpointer:
+        checkpointer.save(1).wait()
+        monkeypatch.setattr(Snapshot, "wait_enqueued", lambda self, timeout_s: True)
+        with world.double.holding_copies():
+            handle = checkpointer.save(2)
+            world.double.wait_copies_held()
+            job.step()
+        with pytest.raises(DeviceError, match="not enqueued"):
+            handle.wait()
+
+
+def test_an_explicit_fence_waits_until_memory_may_be_freed(world: FakeCuda, tmp_path: Path) -> None:
+    job = Job(world)
+    job.step()
+    expected = job.tensors()
+    weight = job.model[0].weight
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer:
+        for step in range(1, 20):
+            handle = checkpointer.save(step)
+            checkpointer.fence()
+            nbytes = weight.untyped_storage().nbytes()
+            weight.untyped_storage().resize_(0)  # offloaded: its memory serves the next who asks
+            other = world.to_device(torch.full((nbytes // 4,), 7.0))
+            weight.untyped_storage().resize_(nbytes)
+            with torch.no_grad():
+                weight.copy_(expected["model.0.weight"])
+            handle.wait()
+            del other
+            found = stored(tmp_path, "dcp", step)["model.0.weight"]
+            assert torch.equal(found, expected["model.0.weight"])
+
+
+def test_an_explicit_fence_after_the_steps_waits_too(world: FakeCuda, tmp_path: Path) -> None:
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer:
+        checkpointer.save(1).wait()
+        world.double.hold_copies()
+        handle = checkpointer.save(2)
+        job.step()
+        checkpointer._fence_timeout_s = 0.05
+        checkpointer.fence()  # finds that the copies do not end
+        assert isinstance(handle.error, SaveTimeoutError)
+        world.double.release_copies()
+        with pytest.raises(SaveTimeoutError):
+            handle.wait()
+        checkpointer._fence_timeout_s = 60
+        checkpointer.save(2).wait()
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["held", "planted misuse"])
+def test_tensors_are_held_until_their_bytes_are_copied(world: FakeCuda, tmp_path: Path, held: bool) -> None:
+    """Their only other owner lets go right after save(), and the allocator reuses memory at once."""
+    expected = torch.arange(4096.0)
+    model = nn.Module()
+    model.big = nn.Parameter(world.to_device(expected))
+    with AsyncCheckpointer(tmp_path, model=model, host_memory=1 << 22) as checkpointer:
+        checkpointer.save(1).wait()
+        with world.double.holding_copies():
+            handle = checkpointer.save(2)
+            if not held:
+                assert handle._save.snapshot is not None
+                handle._save.snapshot.let_go()
+            model.big = None
+            thief = world.to_device(torch.full_like(expected, -1))
+            world.synchronize()
+        handle.wait()
+        del thief
+    assert torch.equal(stored(tmp_path, "dcp", 2)["model.big"], expected) is held
+
+
+def test_the_host_is_not_blocked_by_memory_it_does_not_hold(world: FakeCuda, tmp_path: Path) -> None:
+    """Host leaves are copied, not waited for by a stream: the fence returns only then."""
+    job = Job(world)
+    host_model = nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(host_model.parameters(), fused=True)
+    host_model(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    everything = nn.ModuleDict({"near": host_model, "far": job.model})
+    with AsyncCheckpointer(tmp_path, model=everything, optimizer=optimizer, host_memory=1 << 22) as ckpt:
+        for step in range(1, 10):
+            expected = host_model.weight.detach().clone()
+            handle = ckpt.save(step)
+            optimizer.step()
+            handle.wait()
+            assert torch.equal(stored(tmp_path, "dcp", step)["model.near.weight"], expected)
+
+
+def test_every_stream_that_fences_is_held_back(world: FakeCuda, tmp_path: Path) -> None:
+    """Two optimizers on two streams: that the first was fenced is no reason to let the second pass."""
+    model = nn.ModuleDict({name: world.module_to(nn.Linear(64, 64)) for name in "ab"})
+    optimizers = [torch.optim.AdamW(part.parameters(), lr=0.1, fused=True) for part in model.values()]
+    inputs = world.to_device(torch.randn(4, 64))
+    with AsyncCheckpointer(tmp_path, model=model, optimizer=optimizers, host_memory=1 << 22) as ckpt:
+        for part in model.values():
+            part(inputs).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        ckpt.save(1).wait()
+        expected = world.to_host(model["b"].weight)
+        world.double.hold_copies()
+        handle = ckpt.save(2)
+        optimizers[0].step()  # this stream waits for the copies now
+        with world.stream(world.new_stream()):
+            optimizers[1].step()
+            threading.Timer(0.3, world.double.release_copies).start()
+            world.synchronize()
+        handle.wait()
+    assert torch.equal(stored(tmp_path, "dcp", 2)["model.b.weight"], expected)
+
+
+def test_memory_is_let_go_once_it_was_copied(world: FakeCuda, tmp_path: Path) -> None:
+    """Offloading in the middle of a slow write must not keep both copies."""
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer:
+        checkpointer.save(1).wait()
+        faults.arm(faults.Op.pwrite, 0, faults.Kind.pause)
+        try:
+            with world.double.holding_copies():
+                handle = checkpointer.save(2)
+                job.step()
+            assert handle._save.snapshot is not None
+            assert handle._save.snapshot.wait_released(30)
+            checkpointer.fence()
+            storage = StorageWeakRef(job.model[0].weight.untyped_storage())
+            job.model[0].weight.grad = None
+            job.model[0].weight.data = torch.zeros(1)
+            assert storage.expired()
+        finally:
+            faults.disarm()
+        handle.wait()
+
+
+def test_a_captured_step_of_an_optimizer_we_were_not_given(world: FakeCuda, tmp_path: Path) -> None:
+    job = Job(world)
+    job.step()
+    other = torch.optim.SGD(job.model.parameters(), lr=1.0)
+    job.forward_backward()
+    with AsyncCheckpointer(tmp_path, model=job.model) as ckpt, world.stream(world.new_stream()):
+        with world.capture():
+            other.step()
+        with pytest.raises(CaptureError, match="fenced"):
+            ckpt.save(1)
+
+
+def test_a_state_dict_that_waits_for_the_device_is_reported(world: FakeCuda, tmp_path: Path) -> None:
+    """GradScaler's calls item(): that is its own wait, and it shows whose it was."""
+
+    gate = threading.Event()
+
+    class Scaler:
+        scale = world.to_device(torch.full((1,), 65536.0))
+
+        def state_dict(self) -> dict[str, Any]:
+            threading.Timer(0.2, gate.set).start()
+            return {"scale": self.scale.item()}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.scale.fill_(state["scale"])
+
+    job = Job(world)
+    with AsyncCheckpointer(tmp_path, model=job.model, extra=Scaler()) as checkpointer:
+        world.launch(0, lambda: gate.wait(30))  # the device is busy
+        report = checkpointer.save(1).wait()
+    assert report.state_dict_s["extra"] >= 0.2
+    assert report.blocked_s >= report.state_dict_s["extra"]
+    assert report.state_dict_s["model"] < report.state_dict_s["extra"]
+
+
+# ---------------------------------------------------------------------------- graphs
+
+
+def test_save_and_fence_refuse_to_be_captured(world: FakeCuda, tmp_path: Path) -> None:
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path) as checkpointer, world.stream(world.new_stream()):
+        handle = checkpointer.save(1)
+        with world.capture():
+            with pytest.raises(CaptureError, match="capture"):
+                checkpointer.save(2)
+            if not handle.done():
+                with pytest.raises(CaptureError, match="capture"):
+                    checkpointer.fence()
+
+
+@pytest.mark.parametrize("how", ["unfenced", "fenced", "manual"])
+def test_a_captured_step_must_be_fenced_around_its_replay(world: FakeCuda, tmp_path: Path, how: str) -> None:
+    job = Job(world)
+    job.step()
+    world.synchronize()  # what comes next is on another stream
+    options: dict[str, Any] = {"fencing": "manual"} if how == "manual" else {}
+    with (
+        job.checkpointer(tmp_path, host_memory=1 << 22, **options) as checkpointer,
+        world.stream(world.new_stream()),
+    ):
+        checkpointer.save(1)
+        checkpointer.fence()
+        with world.capture() as graph:  # raises at its end if the hook had enqueued anything
+            job.optimizer.step()
+        if how == "unfenced":
+            with pytest.raises(CaptureError, match="fenced"):
+                checkpointer.save(2)
+            return
+        replay = checkpointer.fenced(graph.replay) if how == "fenced" else graph.replay
+        for step in range(2, 12):
+            expected = job.tensors()
+            handle = checkpointer.save(step)
+            if how == "manual":
+                checkpointer.fence(on_host=False)
+            replay()
+            handle.wait()
+            assert not same(job.tensors(), expected)
+            found = stored(tmp_path, "dcp", step)["model.0.weight"]
+            assert torch.equal(found, expected["model.0.weight"])
+
+
+# ---------------------------------------------------------------------------- devices that fail
+
+
+def test_a_lost_device_is_heard_everywhere(world: FakeCuda, tmp_path: Path) -> None:
+    job = Job(world)
+    job.step()
+    checkpointer = job.checkpointer(tmp_path, host_memory=1 << 22)
+    checkpointer.save(1).wait()
+    world.double.fail_async("cuMemcpyDtoHAsync_v2")
+    world.double.fail_async("cuMemcpyBatchAsync_v2")
+    handle = checkpointer.save(2)
+    with pytest.raises(DeviceError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        handle.wait()
+    with pytest.raises(Exception, match=r"700|CUDA_ERROR_ILLEGAL_ADDRESS"):
+        checkpointer.save(3)  # who meets it first, torch or we, depends on the state
+    assert checkpointer.steps() == [1]
+    world.double.reset()
+    checkpointer.close()
+
+
+def test_with_warn_training_goes_on(world: FakeCuda, tmp_path: Path, caplog: Any) -> None:
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path, host_memory=1 << 22, on_error="warn") as checkpointer:
+        world.double.fail("cuEventRecord", OUT_OF_MEMORY)
+        with caplog.at_level(logging.WARNING):
+            handle = checkpointer.save(1)
+        assert isinstance(handle.error, DeviceError)
+        assert "CUDA_ERROR_OUT_OF_MEMORY" in caplog.text
+        job.step()
+        checkpointer.save(2).wait()
+        assert checkpointer.steps() == [2]
+
+
+def test_a_device_that_fails_while_loading(world: FakeCuda, tmp_path: Path) -> None:
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1).wait()
+        world.double.fail("cuMemcpyHtoDAsync_v2", ILLEGAL_ADDRESS)
+        world.double.fail("cuMemcpyBatchAsync_v2", ILLEGAL_ADDRESS)
+        with pytest.raises(DeviceError, match="ILLEGAL_ADDRESS"):
+            checkpointer.load_latest()
+        with pytest.raises(Exception, match="did not finish"):
+            checkpointer.save(2)
+        assert checkpointer.load_latest() is not None
+        checkpointer.save(2).wait()
+
+
+def test_memory_that_is_not_pinned_is_said_once(
+    world: FakeCuda, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = Job(world)
+    job.step()
+    world.double.fail("cuMemHostRegister_v2", OUT_OF_MEMORY)
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step).wait()
+    assert caplog.text.count("not pinned") == 1
+    assert "CUDA_ERROR_OUT_OF_MEMORY" in caplog.text
+
+
+def test_no_driver_is_said_at_once(world: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(world)
+    monkeypatch.setattr(world, "driver", str(tmp_path / "libcuda.so.1"))
+    with pytest.raises(DeviceError, match="loading the CUDA driver"):
+        job.checkpointer(tmp_path / "root")
+    monkeypatch.undo()
+
+
+def test_other_kinds_of_devices_are_refused_by_name(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3, device="meta")
+    extra = {"odd": torch.empty(3, device="meta")}
+    for options, name in (({"extra": extra}, r"extra\.odd"), ({"model": model}, r"model\.weight")):
+        checkpointer = AsyncCheckpointer(tmp_path, **options)
+        with checkpointer, pytest.raises(LeafError, match=rf"{name}.*meta"):
+            checkpointer.save(1)
+
+
+# ---------------------------------------------------------------------------- the guard
+
+
+def test_a_write_between_save_and_fence_is_named(world: FakeCuda, tmp_path: Path) -> None:
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer:
+        handle = checkpointer.save(1)
+        with torch.no_grad():
+            job.model[2].weight.add_(1)
+        with pytest.raises(TornStateError, match=r"model\.2\.weight"):
+            handle.wait()
+        checkpointer.save(1).wait()
+
+
+def test_what_the_device_does_after_the_fence_is_no_tear(world: FakeCuda, tmp_path: Path) -> None:
+    """The host enqueues the step and counts versions up while the copies are still to come."""
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer:
+        with world.double.holding_copies():
+            handle = checkpointer.save(1)
+            job.step()
+            checkpointer._decide_released()
+        handle.wait()
+        assert isinstance(handle.error, SaveError) is False
+        assert checkpointer.steps() == [1]
+
+
+def test_buffers_are_copied_on_their_device(world: FakeCuda, tmp_path: Path) -> None:
+    """Forward changes them before the optimizer's step; nobody fences a forward."""
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer:
+        checkpointer.save(1).wait()
+        for step in range(2, 12):
+            expected = job.tensors()["model.1.running_mean"]
+            with world.double.holding_copies():
+                handle = checkpointer.save(step)
+                job.model(world.to_device(torch.randn(8, 64)))
+                world.synchronize()
+            handle.wait()
+            assert torch.equal(stored(tmp_path, "dcp", step)["model.1.running_mean"], expected)
+            assert not torch.equal(job.tensors()["model.1.running_mean"], expected)
