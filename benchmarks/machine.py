@@ -77,5 +77,7 @@ def _commit() -> tuple[str | None, bool | None]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    changes = git("status", "--porcelain", "--untracked-files=no")
+    # What a benchmark of the same run has just written is no change of what is measured.
+    measured = (".", ":!benchmarks/results", ":!docs/benchmarks.md", ":!docs/gpu.md")
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     return git("rev-parse", "--short=12", "HEAD"), None if changes is None else not changes
