@@ -14,9 +14,10 @@
     |   |-- TornStateError     a tensor changed before it was copied: fence before you mutate
     |   |-- WriteError         the operating system refused: path, offset, errno
     |   |-- DeviceError        a CUDA device or its driver refused: most likely the process must end
+    |   |-- RankError          another rank failed, died or does something else: it is named
     |   `-- SaveTimeoutError   a deadline passed: the save was given up, training was not
     `-- LoadError
-        |-- DeviceError        the same, while loading
+        |-- DeviceError, RankError   the same, while loading
         |-- StepNotFoundError  no such step
         |-- CorruptStepError   bytes on disk are not the bytes that were written
         |-- NoIntactStepError  steps exist, none is good
@@ -116,6 +117,11 @@ class LoadError(CheckpointError):
 class DeviceError(SaveError, LoadError):
     """A CUDA device or its driver refused an operation. After most of its errors (an illegal address,
     say, whoever's kernel it was) a process cannot use the device again."""
+
+
+class RankError(SaveError, LoadError):
+    """Another rank failed, died or disagrees, or the store in which ranks agree is gone. Every rank raises it
+    at the same call, but for the one that failed: that one raises what happened to it."""
 
 
 class StepNotFoundError(LoadError):

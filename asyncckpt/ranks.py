@@ -1,0 +1,531 @@
+"""Who takes part in a save, and how they agree: ballots in a torch.distributed store.
+
+    every rank: written, checked -> ballot      rank 0: all ballots -> publish -> outcome      every rank
+
+No collectives, no NCCL: a dead rank must not hang the others. What crosses ranks in a save is one ballot per
+rank and one outcome; what rank 0 must know besides (where each rank's items lie) crosses once per structure.
+
+Guarantees:
+- Every wait has a deadline, also one for a store whose host has stopped to answer: its calls run on a thread
+  of their own, on a client of their own.
+- A rank that shows no life for `silence_s` is named in the error of all others. It is judged by the observer's
+  own clock.
+- Keys carry the run's incarnation and the save's number: a straggler cannot vote in a later save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+import time
+import zlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, TypeVar
+
+from .errors import OptionError, RankError
+from .formats.manifest import FragmentRef
+
+_Result = TypeVar("_Result")
+
+_POLL_S = (0.001, 0.05)  # the first pause, and the longest: a vote takes as long as the slowest disk
+_LOOK_AROUND_S = 2.0  # how often those who are waited for are asked for signs of life
+_CALL_TIMEOUT_S = 30.0  # a store that answers no single call for so long is gone
+_VALUE_NBYTES_MAX = 4 << 20  # TCPStore refuses values of more than 8 MiB
+
+
+class Store(Protocol):
+    """What is needed of a torch.distributed.Store."""
+
+    def set(self, key: str, value: Any, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def check(self, keys: list[str], /) -> bool: ...
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
+    def add(self, key: str, amount: int, /) -> int: ...
+    def delete_key(self, key: str, /) -> bool: ...
+
+
+# ---------------------------------------------------------------------------- what is said
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """What one rank has to say of a save.
+
+    Attributes:
+        rank, step: whose it is, and which step that rank saves.
+        error: why its part failed; None if all of it is fsynced and nothing was torn.
+        fragment: of what it wrote.
+        groups: for each set of ranks that hold the same tensors, the digest of what this rank thinks they are.
+        layout: digest of where its items lie; see `Ranks.layout_of`.
+        pickles: CRC-32 of each python leaf that rank 0 saves for all.
+    """
+
+    rank: int
+    step: int
+    error: str | None = None
+    fragment: FragmentRef | None = None
+    groups: tuple[tuple[str, str], ...] = ()
+    layout: str = ""
+    pickles: tuple[int, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Ballot:
+        fields = json.loads(data)
+        fragment = fields.pop("fragment")
+        groups = tuple((key, digest) for key, digest in fields.pop("groups"))
+        pickles = tuple(fields.pop("pickles"))
+        ref = FragmentRef(**fragment) if fragment is not None else None
+        return Ballot(**fields, fragment=ref, groups=groups, pickles=pickles)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What rank 0 made of it: `error` is None if the step is durable."""
+
+    error: str | None = None
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Outcome:
+        return Outcome(**json.loads(data))
+
+
+def digest(value: bytes) -> str:
+    """A short name for bytes that must be the same elsewhere."""
+    return hashlib.sha256(value).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------- the store
+
+
+class StoreClient:
+    """Calls of a store that cannot hang their caller.
+
+    Args:
+        store: any torch.distributed store. A client of our own is made of it where it can be: a blocking call of
+            somebody else's holds a shared one for seconds.
+        prefix: of all keys.
+
+    Thread-safe. A call that its deadline overtook leaves the client unusable: nobody knows what it did.
+    """
+
+    def __init__(self, store: Any, prefix: str) -> None:
+        self._prefix = prefix
+        self._shared: Any = store
+        self._store: Store | None = None
+        self._calls: queue.SimpleQueue[tuple[Callable[[Any], Any], _Answer] | None] = queue.SimpleQueue()
+        self._broken: str | None = None
+        self._thread = threading.Thread(target=self._run, name="asyncckpt-store", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread, unless it hangs in a call."""
+        self._calls.put(None)
+
+    def set(self, key: str, value: bytes) -> None:
+        self._call(lambda store: store.set(self._prefix + key, value))
+
+    def get(self, key: str) -> bytes:
+        """Of a key that is known to be there."""
+        return bytes(self._call(lambda store: store.get(self._prefix + key)))
+
+    def has(self, *keys: str) -> bool:
+        """Whether all of them are there."""
+        return bool(self._call(lambda store: store.check([self._prefix + key for key in keys])))
+
+    def get_all(self, keys: Sequence[str]) -> list[bytes]:
+        """Of keys that are known to be there."""
+        return list(self._call(lambda store: store.multi_get([self._prefix + key for key in keys])))
+
+    def add(self, key: str, amount: int) -> int:
+        return int(self._call(lambda store: store.add(self._prefix + key, amount)))
+
+    def delete(self, *keys: str) -> None:
+        """What is not there may be missing; a store that cannot delete keeps its keys."""
+
+        def delete(store: Any) -> None:
+            for key in keys:
+                try:
+                    store.delete_key(self._prefix + key)
+                except (RuntimeError, NotImplementedError):
+                    return
+
+        self._call(delete)
+
+    def put_large(self, key: str, value: bytes) -> None:
+        """Values of any size; `get_large` reads them. The key itself appears last."""
+        pieces = [value[at : at + _VALUE_NBYTES_MAX] for at in range(0, len(value), _VALUE_NBYTES_MAX)]
+        for index, piece in enumerate(pieces):
+            self.set(f"{key}/{index}", piece)
+        self.set(key, str(len(pieces)).encode())
+
+    def get_large(self, key: str) -> bytes:
+        """What `put_large` put there; the key is known to be there, and is gone afterwards."""
+        keys = [f"{key}/{index}" for index in range(int(self.get(key)))]
+        value = b"".join(self.get(piece) for piece in keys)
+        self.delete(key, *keys)
+        return value
+
+    def _call(self, function: Callable[[Any], _Result]) -> _Result:
+        if self._broken is not None:
+            raise RankError(self._broken)
+        answer = _Answer()
+        self._calls.put((function, answer))
+        if not answer.came.wait(_CALL_TIMEOUT_S):
+            self._broken = (
+                f"the store has not answered for {_CALL_TIMEOUT_S:g} s: has the process that hosts it stopped?"
+            )
+            raise RankError(self._broken)
+        if answer.error is not None:
+            raise RankError(
+                f"the store cannot be reached: is the process that hosts it dead? ({answer.error})"
+            ) from answer.error
+        result: _Result = answer.result
+        return result
+
+    def _run(self) -> None:
+        while (item := self._calls.get()) is not None:
+            function, answer = item
+            try:
+                if self._store is None:
+                    self._store = _own_client(self._shared)
+                answer.result = function(self._store)
+            except Exception as error:  # noqa: BLE001 -- a store's errors have no common class
+                answer.error = error
+            answer.came.set()
+
+
+class _Answer:
+    def __init__(self) -> None:
+        self.came = threading.Event()
+        self.result: Any = None
+        self.error: Exception | None = None
+
+
+def _own_client(store: Any) -> Any:
+    try:
+        return store.clone()
+    except (AttributeError, NotImplementedError, RuntimeError):  # before torch 2.7, or a store of another kind
+        return store
+
+
+# ---------------------------------------------------------------------------- ranks
+
+
+class Ranks:
+    """The ranks that write one step together, seen from one of them.
+
+    Args:
+        store: of torch.distributed; every rank reaches the same. None for one rank alone.
+        name: tells several checkpointers over one store apart; the same on every rank.
+        timeout_s: how long a rank that is alive may take for its part of anything.
+        silence_s: a rank that shows no sign of life for so long is taken for dead.
+
+    `beat()` must be called every few seconds while a save is in flight. `vote`, `collect` and the like belong
+    to one thread at a time.
+    """
+
+    def __init__(
+        self, store: Any, rank: int, world_size: int, name: str, timeout_s: float, silence_s: float
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise OptionError(f"rank {rank} of {world_size} ranks")
+        if world_size > 1 and store is None:
+            raise OptionError(f"{world_size} ranks need a store to agree in")
+        self.rank = rank
+        self.world_size = world_size
+        self._timeout_s = timeout_s
+        self._silence_s = silence_s
+        self._client = StoreClient(store, f"asyncckpt/{name}/") if world_size > 1 else None
+        self._run = "-"  # the incarnation, once it is agreed on
+        self._beats = 0
+        self._layouts: dict[int, tuple[str, bytes]] = {}  # rank 0: of each rank, by digest
+        self._layout_said = ""
+        self._loads = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to agree with."""
+        return self.world_size == 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that publishes."""
+        return self.rank == 0
+
+    def close(self) -> None:
+        """Leave."""
+        if self._client is not None:
+            self._client.close()
+
+    # -- beginning
+
+    def begin(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Rank 0 makes something (JSON), all get it. `make` runs there alone.
+
+        Raises:
+            RankError: rank 0 failed, or does not answer; on rank 0 whatever `make` raises.
+        """
+        if self._client is None:
+            made = make()
+            self._run = str(made["incarnation"])
+            return made
+        client = self._client
+        # Ranks that come back one by one after a failure must not meet what was said before it.
+        attempt = client.add(f"begin/{self.rank}", 1)
+        key = f"begun/{attempt}"
+        if self.is_first:
+            try:
+                made = make()
+            except BaseException as error:
+                client.set(key, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+                raise
+            client.set(key, json.dumps(made).encode())
+        else:
+            self._await([key], [0], "to begin", watch=False)
+            made = json.loads(client.get(key))
+            if "error" in made:
+                raise RankError(f"rank 0 could not begin: {made['error']}")
+        self._run = str(made["incarnation"])
+        self.beat()
+        return dict(made)
+
+    def beat(self) -> None:
+        """Show that this process lives."""
+        if self._client is not None:
+            self._beats += 1
+            self._client.set(f"{self._run}/beat/{self.rank}", str(self._beats).encode())
+
+    # -- a save
+
+    def vote(self, save: int, ballot: Ballot) -> None:
+        """Say how this rank's part of its `save`-th save went."""
+        if self._client is not None:
+            self._client.set(f"{self._run}/{save}/ballot/{self.rank}", ballot.to_bytes())
+            self._client.add(f"{self._run}/{save}/voted", 1)
+            if ballot.error is not None:
+                self._client.set(f"{self._run}/{save}/failed", str(self.rank).encode())
+
+    def say_layout(self, name: str, layout: bytes) -> None:
+        """Tell rank 0 where this rank's items lie, unless it knows; `name` is the digest. Before the vote."""
+        if self._client is not None and not self.is_first and name != self._layout_said:
+            self._client.put_large(f"{self._run}/layout/{self.rank}/{name}", zlib.compress(layout))
+            self._layout_said = name
+
+    def collect(self, save: int, own: Ballot) -> list[Ballot]:
+        """Rank 0: all ballots, by rank.
+
+        Raises:
+            RankError: a rank failed, saved something else, or did not vote in time; it is named.
+        """
+        if self._client is None:
+            return [own]
+        client, key = self._client, f"{self._run}/{save}"
+        deadline = _Deadline(self._timeout_s)
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        watch = _Watch(self, others)
+        while client.add(f"{key}/voted", 0) < self.world_size:
+            if client.has(f"{key}/failed"):
+                break
+            silent = watch.silent(lambda: self._without(f"{key}/ballot", others))
+            if silent is not None:
+                raise RankError(f"rank {silent} shows no sign of life since {self._silence_s:g} s: is it dead?")
+            if not deadline.pause():
+                missing = self._without(f"{key}/ballot", others)
+                raise RankError(f"{_named(missing)} did not vote within {self._timeout_s:g} s")
+        if client.has(f"{key}/failed"):
+            failed = int(client.get(f"{key}/failed"))
+            ballot = Ballot.from_bytes(client.get(f"{key}/ballot/{failed}"))
+            raise RankError(f"rank {failed}: {ballot.error}")
+        ballots = [Ballot.from_bytes(d) for d in client.get_all([f"{key}/ballot/{r}" for r in others])]
+        ballots.insert(self.rank, own)
+        _check_alike(ballots)
+        return ballots
+
+    def layouts(self, ballots: Sequence[Ballot], own: bytes) -> list[bytes]:
+        """Rank 0: where the items of each rank lie, by rank; fetched only where it changed."""
+        assert self._client is not None
+        found = []
+        for ballot in ballots:
+            if ballot.rank == self.rank:
+                found.append(own)
+                continue
+            known = self._layouts.get(ballot.rank)
+            if known is None or known[0] != ballot.layout:
+                data = self._client.get_large(f"{self._run}/layout/{ballot.rank}/{ballot.layout}")
+                known = self._layouts[ballot.rank] = (ballot.layout, zlib.decompress(data))
+            found.append(known[1])
+        return found
+
+    def announce(self, save: int, outcome: Outcome) -> None:
+        """Rank 0: tell all how it ended."""
+        if self._client is None:
+            return
+        self._client.set(f"{self._run}/{save}/outcome", outcome.to_bytes())
+        # The outcome stays: a rank may come late to a save that another rank's failure has ended.
+        ballots = [f"{self._run}/{save}/ballot/{rank}" for rank in range(self.world_size)]
+        self._client.delete(*ballots, f"{self._run}/{save}/voted", f"{self._run}/{save}/failed")
+
+    def outcome(self, save: int) -> Outcome:
+        """The others: how it ended.
+
+        Raises:
+            RankError: rank 0 does not say so in time, or shows no sign of life.
+        """
+        assert self._client is not None
+        key = f"{self._run}/{save}/outcome"
+        self._await([key], [0], "to publish")
+        return Outcome.from_bytes(self._client.get(key))
+
+    # -- a load
+
+    def choose(self, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Rank 0 decides (JSON), all get it. Calls of this and of `all_say` come in the same order everywhere.
+
+        Raises:
+            RankError: rank 0 does not answer; or it failed: then rank 0 raises what `choose` raised.
+        """
+        if self._client is None:
+            return choose()
+        self._loads += 1
+        key = f"{self._run}/load/{self._loads}"
+        self.beat()
+        if self.is_first:
+            try:
+                chosen = choose()
+            except BaseException as error:
+                self._client.set(key, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+                raise
+            self._client.set(key, json.dumps(chosen).encode())
+            return chosen
+        self._await([key], [0], "to choose a step")
+        chosen = dict(json.loads(self._client.get(key)))
+        if "error" in chosen:
+            raise RankError(f"rank 0: {chosen['error']}")
+        return chosen
+
+    def all_say(self, word: str) -> list[str]:
+        """What every rank says, by rank, on every rank."""
+        if self._client is None:
+            return [word]
+        self._loads += 1
+        key = f"{self._run}/load/{self._loads}"
+        self._client.set(f"{key}/{self.rank}", word.encode())
+        self.beat()
+        if self.is_first:
+            keys = [f"{key}/{rank}" for rank in range(self.world_size)]
+            self._await(keys, range(self.world_size), "to load")
+            words = [data.decode() for data in self._client.get_all(keys)]
+            self._client.put_large(f"{key}/all", json.dumps(words).encode())
+            return words
+        self._await([f"{key}/all"], [0], "to sum up")
+        pieces = int(self._client.get(f"{key}/all"))
+        return list(json.loads(b"".join(self._client.get(f"{key}/all/{i}") for i in range(pieces))))
+
+    # -- waiting
+
+    def _await(self, keys: Sequence[str], ranks: Collection[int], to: str, *, watch: bool = True) -> None:
+        """Wait until the keys are there; `ranks` set one each, or one of them all."""
+        assert self._client is not None
+        deadline = _Deadline(self._timeout_s)
+        watched = _Watch(self, [rank for rank in ranks if rank != self.rank])
+        while not self._client.has(*keys):
+            silent = watched.silent(lambda: self._lacking(keys, ranks)) if watch else None
+            if silent is not None:
+                raise RankError(f"rank {silent} shows no sign of life since {self._silence_s:g} s: is it dead?")
+            if not deadline.pause():
+                raise RankError(f"{_named(self._lacking(keys, ranks))} took longer than {self._timeout_s:g} s {to}")
+
+    def _lacking(self, keys: Sequence[str], ranks: Collection[int]) -> list[int]:
+        assert self._client is not None
+        if len(keys) < len(ranks):
+            return list(ranks)
+        return [rank for key, rank in zip(keys, ranks, strict=True) if not self._client.has(key)]
+
+    def _without(self, key: str, ranks: Iterable[int]) -> list[int]:
+        assert self._client is not None
+        return [rank for rank in ranks if not self._client.has(f"{key}/{rank}")]
+
+    def beats_of(self, ranks: Sequence[int]) -> list[bytes]:
+        """Their last signs of life; b"" of one that gave none yet."""
+        assert self._client is not None
+        keys = [f"{self._run}/beat/{rank}" for rank in ranks]
+        if keys and self._client.has(*keys):
+            return self._client.get_all(keys)
+        return [self._client.get(key) if self._client.has(key) else b"" for key in keys]
+
+
+class _Deadline:
+    """Pauses that grow, until the time is up."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._ends_s = time.monotonic() + timeout_s
+        self._pause_s, self._longest_s = _POLL_S
+
+    def pause(self) -> bool:
+        """False when the time is up."""
+        left_s = self._ends_s - time.monotonic()
+        if left_s <= 0:
+            return False
+        threading.Event().wait(min(self._pause_s, left_s))
+        self._pause_s = min(self._longest_s, 1.5 * self._pause_s)
+        return True
+
+
+class _Watch:
+    """Looks for signs of life of those who are waited for."""
+
+    def __init__(self, ranks: Ranks, of: Sequence[int]) -> None:
+        self._ranks = ranks
+        self._seen: dict[int, tuple[bytes, float]] = {}
+        self._of = list(of)
+        self._looked_s = time.monotonic()
+
+    def silent(self, missing: Callable[[], list[int]]) -> int | None:
+        """A rank that is missing and has been silent for too long."""
+        now_s = time.monotonic()
+        if not self._seen:
+            self._seen = dict.fromkeys(self._of, (b"?", now_s))
+        every_s = min(_LOOK_AROUND_S, self._ranks._silence_s / 4)  # noqa: SLF001 -- a part of Ranks
+        if now_s - self._looked_s < every_s:
+            return None
+        self._looked_s = now_s
+        waited_for = missing()
+        for rank, beat in zip(waited_for, self._ranks.beats_of(waited_for), strict=True):
+            last, since_s = self._seen.get(rank, (b"?", now_s))
+            if beat != last:
+                self._seen[rank] = (beat, now_s)
+            elif now_s - since_s > self._ranks._silence_s:  # noqa: SLF001
+                return rank
+        return None
+
+
+def _named(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def _check_alike(ballots: Sequence[Ballot]) -> None:
+    """Raise RankError unless all ranks save the same step of the same structure."""
+    first = ballots[0]
+    known: dict[str, tuple[int, str]] = {}
+    for ballot in ballots:
+        if ballot.step != first.step:
+            raise RankError(
+                f"rank {ballot.rank} saves step {ballot.step} where rank {first.rank} saves step {first.step}"
+            )
+        for group, name in ballot.groups:
+            rank, expected = known.setdefault(group, (ballot.rank, name))
+            if name != expected:
+                raise RankError(
+                    f"the state of rank {ballot.rank} has another structure than that of rank {rank}: what they hold "
+                    f"both must have the same names, shapes and dtypes, in the same order"
+                )

@@ -1,0 +1,344 @@
+"""Ranks that agree, as threads over a real TCPStore: each has a client of its own, as processes have."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore, PrefixStore, TCPStore
+
+from asyncckpt import ranks as room
+from asyncckpt.errors import OptionError, RankError
+from asyncckpt.formats.manifest import FragmentRef
+from asyncckpt.ranks import Ballot, Outcome, Ranks, StoreClient, digest
+
+WORLD = 4
+SOON_S = 0.4  # a deadline that tests let pass
+
+
+@pytest.fixture
+def store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+@pytest.fixture
+def world(store: TCPStore) -> Iterator[list[Ranks]]:
+    made = make(store)
+    yield made
+    for ranks in made:
+        ranks.close()
+
+
+def make(store: Any, timeout_s: float = 30, silence_s: float = 30, begun: bool = True) -> list[Ranks]:
+    made = [Ranks(store, rank, WORLD, "test", timeout_s, silence_s) for rank in range(WORLD)]
+    if begun:
+        each(made, lambda ranks: ranks.begin(lambda: {"incarnation": "run"}))
+    return made
+
+
+def start(world: list[Ranks], act: Callable[[Ranks], Any]) -> list[Future[Any]]:
+    pool = ThreadPoolExecutor(len(world))
+    found = [pool.submit(act, ranks) for ranks in world]
+    pool.shutdown(wait=False)
+    return found
+
+
+def each(world: list[Ranks], act: Callable[[Ranks], Any]) -> list[Any]:
+    return [future.result(60) for future in start(world, act)]
+
+
+def ballot(rank: int, **fields: Any) -> Ballot:
+    return Ballot(rank, **{"step": 7, **fields})
+
+
+def decide(world: list[Ranks], save: int, ballots: list[Ballot]) -> list[Any]:
+    """What each rank hears of a save in which these are the votes; an error's text from whoever raises."""
+
+    def act(ranks: Ranks) -> Any:
+        own = ballots[ranks.rank]
+        ranks.vote(save, own)
+        if not ranks.is_first:
+            return ranks.outcome(save).error
+        try:
+            found = ranks.collect(save, own)
+        except RankError as error:
+            ranks.announce(save, Outcome(str(error)))
+            return str(error)
+        ranks.announce(save, Outcome())
+        return found
+
+    return each(world, act)
+
+
+# ---------------------------------------------------------------------------- agreeing
+
+
+def test_ballots_come_back_as_they_were() -> None:
+    full = Ballot(3, 7, None, FragmentRef("f", 5, 6), (("all", "x"), ("0,2", "y")), "z", (1, 2))
+    assert Ballot.from_bytes(full.to_bytes()) == full
+    assert Ballot.from_bytes(Ballot(0, 1, "no").to_bytes()) == Ballot(0, 1, "no")
+    assert Outcome.from_bytes(Outcome("bad").to_bytes()) == Outcome("bad")
+
+
+def test_alone_there_is_nobody_to_ask() -> None:
+    alone = Ranks(None, 0, 1, "x", 1, 1)
+    assert alone.begin(lambda: {"incarnation": "a", "newest": 3})["newest"] == 3
+    own = ballot(0)
+    alone.vote(1, own)
+    assert alone.collect(1, own) == [own]
+    assert alone.all_say("ok") == ["ok"]
+    assert alone.choose(lambda: {"step": 1}) == {"step": 1}
+
+
+def test_all_begin_with_what_the_first_made(store: TCPStore) -> None:
+    made = []
+    world = make(store, begun=False)
+
+    def begin(ranks: Ranks) -> Any:
+        return ranks.begin(lambda: made.append(ranks.rank) or {"incarnation": "a", "newest": 5})
+
+    assert each(world, begin) == [{"incarnation": "a", "newest": 5}] * WORLD
+    assert made == [0]
+
+
+def test_a_first_rank_that_cannot_begin_is_heard_by_all_and_may_try_again(store: TCPStore) -> None:
+    world = make(store, begun=False)
+
+    def refuse() -> dict[str, Any]:
+        raise OptionError("the root is a file")
+
+    futures = start(world, lambda ranks: ranks.begin(refuse))
+    with pytest.raises(OptionError, match="the root is a file"):
+        futures[0].result(60)
+    for future in futures[1:]:
+        with pytest.raises(RankError, match="rank 0 could not begin: OptionError: the root is a file"):
+            future.result(60)
+    assert each(world, lambda ranks: ranks.begin(lambda: {"incarnation": "b"})) == [{"incarnation": "b"}] * WORLD
+
+
+@pytest.mark.parametrize("kind", ["tcp", "prefix", "hash"])
+def test_a_vote_of_all(store: TCPStore, kind: str) -> None:
+    world = make({"tcp": store, "prefix": PrefixStore("job", store), "hash": HashStore()}[kind])
+    votes = [ballot(rank, fragment=FragmentRef(f"f{rank}", rank, rank)) for rank in range(WORLD)]
+    for save in (1, 2, 3):
+        assert decide(world, save, votes) == [votes, None, None, None]
+
+
+def test_ballots_do_not_stay_in_the_store(store: TCPStore, world: list[Ranks]) -> None:
+    for save in range(1, 6):
+        decide(world, save, [ballot(rank) for rank in range(WORLD)])
+    before = store.num_keys()
+    for save in range(6, 16):
+        decide(world, save, [ballot(rank) for rank in range(WORLD)])
+    assert store.num_keys() == before + 10  # of each save its outcome
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_failure_is_heard_by_all_with_rank_and_cause(world: list[Ranks], failing: int) -> None:
+    votes = [ballot(rank, error="disk full" if rank == failing else None) for rank in range(WORLD)]
+    assert decide(world, 1, votes) == [f"rank {failing}: disk full"] * WORLD
+    votes = [ballot(rank) for rank in range(WORLD)]
+    assert decide(world, 2, votes)[1:] == [None] * 3  # the next save is a new one
+
+
+def test_a_failure_ends_the_vote_before_all_have_voted(world: list[Ranks]) -> None:
+    world[3].vote(1, ballot(3, error="gone"))
+    with pytest.raises(RankError, match="rank 3: gone"):
+        world[0].collect(1, ballot(0))
+    world[0].announce(1, Outcome("rank 3: gone"))
+    assert world[1].outcome(1) == Outcome("rank 3: gone")  # it comes late, and hears it all the same
+
+
+def test_different_steps_are_told_apart(world: list[Ranks]) -> None:
+    votes = [ballot(rank, step=8 if rank == 2 else 7) for rank in range(WORLD)]
+    assert decide(world, 1, votes) == ["rank 2 saves step 8 where rank 0 saves step 7"] * WORLD
+
+
+def test_different_structures_are_told_apart(world: list[Ranks]) -> None:
+    groups = [(("all", "a"),), (("all", "a"), ("1,3", "b")), (("all", "a"),), (("all", "a"), ("1,3", "c"))]
+    votes = [ballot(rank, groups=groups[rank]) for rank in range(WORLD)]
+    for said in decide(world, 1, votes):
+        assert "the state of rank 3 has another structure than that of rank 1" in said
+
+
+def test_layouts_cross_once_per_structure(store: TCPStore, world: list[Ranks]) -> None:
+    layouts = {rank: f"layout {rank}".encode() * 1000 for rank in range(WORLD)}
+    fetched: list[str] = []
+    get_large = StoreClient.get_large
+
+    def counted(client: StoreClient, key: str) -> bytes:
+        fetched.append(key)
+        return get_large(client, key)
+
+    def save(number: int) -> list[bytes]:
+        votes = [ballot(rank, layout=digest(layouts[rank])) for rank in range(WORLD)]
+        each(world, lambda ranks: ranks.say_layout(digest(layouts[ranks.rank]), layouts[ranks.rank]))
+        decide(world, number, votes)
+        return world[0].layouts(votes, layouts[0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StoreClient, "get_large", counted)
+        assert save(1) == list(layouts.values())
+        assert len(fetched) == 3
+        assert save(2) == list(layouts.values())
+        assert len(fetched) == 3
+        layouts[2] = b"another"
+        assert save(3) == list(layouts.values())
+        assert len(fetched) == 4
+    assert not [key for key in store.list_keys() if "/layout/" in key]
+
+
+def test_values_larger_than_the_store_takes(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_VALUE_NBYTES_MAX", 1000)
+    client = StoreClient(store, "p/")
+    value = bytes(range(256)) * 50
+    client.put_large("k", value)
+    assert client.get_large("k") == value
+    assert not client.has("k")
+    client.put_large("empty", b"")
+    assert client.get_large("empty") == b""
+
+
+def test_a_load_is_one_conversation(world: list[Ranks]) -> None:
+    def act(ranks: Ranks) -> Any:
+        first = ranks.choose(lambda: {"step": 450})
+        said = ranks.all_say("corrupt" if ranks.rank == 2 else "ok")
+        second = ranks.choose(lambda: {"step": 400})
+        return first, said, second, ranks.all_say(f"ok {ranks.rank}")
+
+    expected = ({"step": 450}, ["ok", "ok", "corrupt", "ok"], {"step": 400}, [f"ok {r}" for r in range(4)])
+    assert each(world, act) == [expected] * WORLD
+
+
+def test_a_first_rank_that_finds_nothing_says_so(world: list[Ranks]) -> None:
+    def nothing() -> dict[str, Any]:
+        raise OptionError("no step is good")
+
+    futures = start(world, lambda ranks: ranks.choose(nothing))
+    with pytest.raises(OptionError, match="no step is good"):
+        futures[0].result(60)
+    for future in futures[1:]:
+        with pytest.raises(RankError, match="rank 0: OptionError: no step is good"):
+            future.result(60)
+
+
+# ---------------------------------------------------------------------------- those who are missing
+
+
+def test_whoever_does_not_vote_is_named(store: TCPStore) -> None:
+    world = make(store, timeout_s=SOON_S)
+    world[2].vote(1, ballot(2))
+    world[0].vote(1, ballot(0))
+    with pytest.raises(RankError, match=r"ranks 1, 3 did not vote within 0.4 s"):
+        world[0].collect(1, ballot(0))
+
+
+def test_a_first_rank_that_does_not_answer_is_named(store: TCPStore) -> None:
+    world = make(store, timeout_s=SOON_S)
+    with pytest.raises(RankError, match="rank 0 took longer than 0.4 s to publish"):
+        world[1].outcome(1)
+    with pytest.raises(RankError, match="rank 0 took longer than 0.4 s to choose a step"):
+        world[1].choose(dict)
+
+
+def test_the_dead_are_named_long_before_the_deadline(store: TCPStore) -> None:
+    world = make(store, timeout_s=3600, silence_s=SOON_S)
+    stop = threading.Event()
+
+    def beat() -> None:  # all but rank 3 live
+        while not stop.wait(SOON_S / 8):
+            for ranks in world[:3]:
+                ranks.beat()
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        for ranks in world[:3]:
+            ranks.vote(1, ballot(ranks.rank))
+        with pytest.raises(RankError, match="rank 3 shows no sign of life since 0.4 s"):
+            world[0].collect(1, ballot(0))
+    finally:
+        stop.set()
+        heart.join()
+    with pytest.raises(RankError, match="rank 0 shows no sign of life"):
+        world[1].outcome(2)
+    with pytest.raises(RankError, match="rank 0 shows no sign of life"):
+        world[1].all_say("ok")
+
+
+def test_the_living_may_take_their_time(store: TCPStore) -> None:
+    world = make(store, timeout_s=3600, silence_s=SOON_S)
+    beats = 0
+
+    def vote_late() -> None:
+        nonlocal beats
+        pause = threading.Event()
+        for beats in range(1, 25):  # three times as long as silence would be death
+            pause.wait(SOON_S / 8)
+            world[1].beat()
+        world[1].vote(1, ballot(1))
+
+    late = threading.Thread(target=vote_late)
+    late.start()
+    for rank in (0, 2, 3):
+        world[rank].vote(1, ballot(rank))
+    assert world[0].collect(1, ballot(0)) == [ballot(rank) for rank in range(WORLD)]
+    late.join()
+    assert beats == 24
+
+
+def test_a_store_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_CALL_TIMEOUT_S", 0.2)
+    release = threading.Event()
+
+    class Hanging:
+        def check(self, keys: list[str]) -> bool:
+            return release.wait(60)
+
+    client = StoreClient(Hanging(), "p/")
+    with pytest.raises(RankError, match="has not answered for 0.2 s"):
+        client.has("x")
+    with pytest.raises(RankError, match="has not answered"):  # it is not asked again
+        client.set("x", b"")
+    release.set()
+    client.close()
+
+
+def test_a_store_that_is_gone_is_named() -> None:
+    class Gone:
+        def set(self, key: str, value: bytes) -> None:
+            raise ConnectionResetError("Connection reset by peer")
+
+    client = StoreClient(Gone(), "p/")
+    with pytest.raises(RankError, match=r"cannot be reached.*Connection reset by peer"):
+        client.set("x", b"")
+    client.close()
+
+
+def test_votes_do_not_wait_for_somebody_elses_blocking_get(store: TCPStore) -> None:
+    """A TCPStore client that waits in get() holds up all other calls on it; ours is a clone."""
+    world = make(store)
+    blocked = threading.Thread(target=lambda: store.get("appears at the end"), daemon=True)
+    blocked.start()
+    votes = [ballot(rank) for rank in range(WORLD)]
+    assert decide(world, 1, votes)[0] == votes
+    assert blocked.is_alive()
+    other = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+    other.set("appears at the end", "now")
+    blocked.join(60)
+
+
+@pytest.mark.parametrize(("rank", "world_size", "words"), [(1, 1, "rank 1 of 1"), (-1, 2, "rank -1 of 2")])
+def test_impossible_ranks(rank: int, world_size: int, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Ranks(HashStore(), rank, world_size, "x", 1, 1)
+    with pytest.raises(OptionError, match="need a store"):
+        Ranks(None, 0, 2, "x", 1, 1)
+
+
+def test_what_is_said_is_json(world: list[Ranks]) -> None:
+    assert json.loads(ballot(1).to_bytes())["step"] == 7
