@@ -15,6 +15,7 @@ import torch
 
 from . import devices
 from .plan import Planned, span_nbytes
+from .shards import local_of
 from .tree import flatten, rebuilt, tensors_in
 
 _DEVICE_NBYTES_MAX = 16 << 20  # copies of what is on devices stay there, on the stream that changes it
@@ -54,15 +55,16 @@ def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> 
         nonlocal forward_changes
         if tensor.layout != torch.strided or not devices.is_reachable(tensor):
             return tensor  # the planner refuses it by name
+        local = local_of(tensor)
         key = (
-            tensor.data_ptr() or id(tensor), tensor.dtype, tensor.shape, tensor.stride(),
-            tensor.is_conj(), tensor.is_neg(),
+            local.data_ptr() or id(local), local.dtype, tensor.shape, local.shape, local.stride(),
+            local.is_conj(), local.is_neg(),
         )  # fmt: skip
         if key not in copies:
-            size = span_nbytes(tensor)
-            on_host = devices.seam.device_of(tensor) == devices.HOST
+            size = span_nbytes(local)
+            on_host = devices.seam.device_of(local) == devices.HOST
             if size > left[on_host]:
-                forward_changes = forward_changes or tensor.data_ptr() in buffers
+                forward_changes = forward_changes or local.data_ptr() in buffers
                 return tensor
             left[on_host] -= size
             copies[key] = tensor.detach().clone()
@@ -85,7 +87,9 @@ def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> 
 
 
 def _is_buffer(value: Any, buffers: set[int]) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.data_ptr() in buffers
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return False
+    return local_of(value).data_ptr() in buffers
 
 
 def _with_groups(branch: Any, copy: Any) -> Any:
@@ -106,7 +110,7 @@ def capture_hidden(captured: Captured, planned: Planned, reserve_nbytes: int) ->
     hidden = [(name, tensor) for name, tensor in planned.tensors if id(tensor) not in captured.seen]
     if not hidden:
         return captured, planned
-    memory = {t.untyped_storage().data_ptr() for _, t in hidden if t.layout == torch.strided}
+    memory = {local_of(t).untyped_storage().data_ptr() for _, t in hidden if t.layout == torch.strided}
     left = {True: reserve_nbytes - captured.nbytes, False: _DEVICE_NBYTES_MAX}
     addresses = planned.addresses.copy()
     copies = []
@@ -121,7 +125,7 @@ def capture_hidden(captured: Captured, planned: Planned, reserve_nbytes: int) ->
     watched = [
         (name, tensor)
         for name, tensor in hidden
-        if tensor.layout != torch.strided or tensor.untyped_storage().data_ptr() in live
+        if tensor.layout != torch.strided or local_of(tensor).untyped_storage().data_ptr() in live
     ]
     nbytes = reserve_nbytes - left[True]
     return (

@@ -45,7 +45,7 @@ from .inflight import PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
 from .lease import RootLease
 from .loader import Loader, Resume
-from .plan import planner_for
+from .planners import planner_for
 from .snapshot import Stager
 from .state import TrainingState
 

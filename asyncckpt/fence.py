@@ -15,6 +15,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import devices
+from .shards import local_of
 
 
 class StepFence:
@@ -81,7 +82,9 @@ class StepFence:
         params = list(self._model.parameters()) if isinstance(self._model, torch.nn.Module) else []
         for optimizer in self._optimizers:
             params += [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]
-        return frozenset(p.untyped_storage().data_ptr() for p in params if p.layout == torch.strided)
+        return frozenset(
+            local_of(p).untyped_storage().data_ptr() for p in params if p.layout == torch.strided
+        )
 
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
         return any(optimizer is one for one in self._optimizers)
@@ -95,7 +98,7 @@ def _touches(optimizer: torch.optim.Optimizer, at_risk: list[frozenset[int]]) ->
     # By memory, not by name: master or flat parameters may be other tensors over the same bytes.
     params = (param for group in optimizer.param_groups for param in group["params"])
     return any(
-        param.untyped_storage().data_ptr() in storages
+        local_of(param).untyped_storage().data_ptr() in storages
         for param in params
         if param.layout == torch.strided
         for storages in at_risk

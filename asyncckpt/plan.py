@@ -19,14 +19,11 @@ import torch
 
 from . import devices
 from .errors import LeafError
-from .formats import distcp, torch_zip
-from .formats.image import FileImage, ImageBuilder
-from .formats.pickles import BadPickleError, Pickled, StorageRef, find_inert, pickle_tree, unpickle
+from .formats.image import FileImage
+from .formats.pickles import BadPickleError, Pickled, StorageRef, find_inert, unpickle
 from .formats.refs import span_elements
-from .layouts.dcp import METADATA_PATH, data_path
-from .layouts.megatron import model_path
-from .layouts.megatron_tree import to_megatron
-from .tree import Leaf, flatten, tensors_in
+from .shards import local_of
+from .tree import Leaf, tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +36,8 @@ class WritePlan:
         names: what each source is called in messages.
         untrusted: (leaf, class) of python leaves that load only with trusted=True.
         signature: plans with equal signatures are equal.
+        layout: where the items lie, for the rank that describes those of all ranks; empty if this plan does.
+        groups: (ranks that hold the same tensors, digest of what they are), to be compared among those ranks.
     """
 
     images: tuple[FileImage, ...]
@@ -46,6 +45,8 @@ class WritePlan:
     names: tuple[str, ...]
     untrusted: tuple[tuple[str, str], ...]
     signature: object
+    layout: bytes = b""
+    groups: tuple[tuple[str, str], ...] = ()
 
     def directories(self) -> set[str]:
         """Directories of the files, below the step's own."""
@@ -73,6 +74,7 @@ class Planned:
         tensors: (name, tensor) of the same.
         held: what keeps that memory alive; to be kept until the save has been released.
         replanned: whether the plan was made for this save.
+        shared_crcs: CRC-32 of each python leaf that one rank saves for all.
     """
 
     plan: WritePlan
@@ -83,6 +85,7 @@ class Planned:
     tensors: tuple[tuple[str, torch.Tensor], ...]
     held: tuple[Any, ...]
     replanned: bool
+    shared_crcs: tuple[int, ...] = ()
 
     def used_devices(self) -> list[int]:
         """Ordinals of the devices that any source is on."""
@@ -98,11 +101,6 @@ class Planner(Protocol):
         """Raises LeafError naming a leaf that cannot be saved."""
 
 
-def planner_for(layout: str) -> Planner:
-    """The planner that fills a layout's directories."""
-    return MegatronPlanner() if layout == "megatron" else DcpPlanner()
-
-
 def span_nbytes(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of the last that its strides reach."""
     if tensor.is_contiguous():
@@ -110,7 +108,7 @@ def span_nbytes(tensor: torch.Tensor) -> int:
     return span_elements(tensor.shape, tensor.stride()) * tensor.element_size()
 
 
-class _Cache:
+class PlanCache:
     """The last plan, and whether it serves again."""
 
     def __init__(self) -> None:
@@ -130,25 +128,31 @@ class _Cache:
         return plan
 
 
-def _slot_nbytes(pickle_nbytes: int) -> int:
+def slot_nbytes(pickle_nbytes: int) -> int:
+    """Room for a pickle and what it may grow by."""
     # The pickled states of random generators vary by some per cent from save to save.
     return (pickle_nbytes + pickle_nbytes // 8 + 256 + 511) // 512 * 512
 
 
-def _planned(
+def planned_with(
     plan: WritePlan,
     named: list[tuple[str, Pickled]],
-    tensors: list[torch.Tensor],
+    spans: list[tuple[torch.Tensor, int, int]],
     replanned: bool,
+    shared_crcs: tuple[int, ...] = (),
 ) -> Planned:
-    """Sources in the order of every plan: pickles, tensors, then the storages met while pickling."""
+    """Sources in the order of every plan: pickles, spans, then the storages met while pickling.
+
+    Args:
+        spans: tensor, first byte of its memory, number of bytes.
+    """
     padded = [
         np.frombuffer(pickled.data.ljust(slot, b"\0"), np.uint8)
         for (_, pickled), slot in zip(named, plan.slots, strict=True)
     ]
     table = [(array.ctypes.data, array.nbytes) for array in padded]
-    table += [(tensor.data_ptr(), span_nbytes(tensor)) for tensor in tensors]
-    where = [devices.HOST] * len(padded) + [devices.seam.device_of(tensor) for tensor in tensors]
+    table += [(tensor.data_ptr() + begin, nbytes) for tensor, begin, nbytes in spans]
+    where = [devices.HOST] * len(padded) + [devices.seam.device_of(tensor) for tensor, _, _ in spans]
     storages = [storage for _, pickled in named for storage in pickled.storages]
     numbered = tuple(enumerate(storages, start=len(table)))
     table += [(storage.data_ptr(), storage.nbytes()) for storage in storages]
@@ -161,99 +165,13 @@ def _planned(
         np.array(where, dtype=np.int32),
         numbered,
         tuple((name, tensor) for name, pickled in named for tensor in pickled.tensors),
-        (padded, [pickled for _, pickled in named], tensors),
+        (padded, [pickled for _, pickled in named], [tensor for tensor, _, _ in spans]),
         replanned,
+        shared_crcs,
     )
 
 
-class DcpPlanner(_Cache):
-    """`__0_0.distcp` with one item per leaf, tensors first, and `.metadata`.
-
-    Tied tensors (same memory, shape and strides) are one item under several names.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        import torch.distributed.checkpoint.filesystem  # noqa: F401 -- else the first save pays for it
-
-    def plan(self, tree: Mapping[str, Any]) -> Planned:
-        leaves = flatten(tree)
-        tensors: list[tuple[Leaf, torch.Tensor]] = []
-        others: list[Leaf] = []
-        for leaf in leaves:
-            if isinstance(leaf.value, torch.Tensor) and leaf.value.layout == torch.strided:
-                _check_storable(leaf)
-                tensors.append((leaf, leaf.value))
-            else:
-                _refuse_unreachable(leaf)
-                others.append(leaf)
-        pickles = [pickle_tree(leaf.value, where=leaf.name) for leaf in others]
-
-        items: dict[tuple[Any, ...], int] = {}  # tied tensors share one
-        unique: list[torch.Tensor] = []
-        forms: list[tuple[Any, ...]] = []
-        for leaf, tensor in tensors:
-            form = (
-                tensor.dtype, tensor.shape, tensor.stride(),
-                tensor.requires_grad, tensor.is_conj(), tensor.is_neg(),
-            )  # fmt: skip
-            item = items.setdefault((tensor.data_ptr() or id(tensor), form), len(unique))
-            if item == len(unique):
-                unique.append(tensor)
-            forms.append((leaf.path, item, form))
-        signature = (
-            tuple(forms),
-            tuple(
-                (leaf.path, tuple(s.nbytes() for s in p.storages))
-                for leaf, p in zip(others, pickles, strict=True)
-            ),
-        )
-        served = self._serve(signature, pickles)
-        plan = served or self._keep(self._lay_out(signature, leaves, tensors, forms, others, pickles))
-        named = [(leaf.name, pickled) for leaf, pickled in zip(others, pickles, strict=True)]
-        return _planned(plan, named, unique, served is None)
-
-    @staticmethod
-    def _lay_out(
-        signature: object,
-        leaves: list[Leaf],
-        tensors: list[tuple[Leaf, torch.Tensor]],
-        forms: list[tuple[Any, ...]],
-        others: list[Leaf],
-        pickles: list[Pickled],
-    ) -> WritePlan:
-        slots = [_slot_nbytes(len(pickled.data)) for pickled in pickles]
-        names = [leaf.name for leaf in others]
-        builder = ImageBuilder(data_path(rank=0))
-        entries: list[distcp.Entry] = []
-        spans: list[distcp.Span] = []
-        for (leaf, tensor), (_, item, _) in zip(tensors, forms, strict=True):
-            spec = distcp.ItemSpec.of(leaf.name, tensor)
-            if item == len(spans):
-                spans.append(distcp.lay_out_tensor(builder, spec, len(names)))
-                names.append(leaf.name)
-            entries.append(distcp.Entry(leaf.name, builder.path, spans[item], spec))
-        for index, (leaf, pickled) in enumerate(zip(others, pickles, strict=True)):
-            storages = []
-            for position, storage in enumerate(pickled.storages):
-                storages.append((len(names), storage.nbytes()))
-                names.append(f"{leaf.name} (storage {position})")
-            span = distcp.lay_out_bytes(builder, index, slots[index], storages)
-            entries.append(distcp.Entry(leaf.name, builder.path, span))
-        paths = {leaf.name: leaf.path for leaf in leaves}
-        place = {name: index for index, name in enumerate(paths)}  # loading finds the tree's own order
-        metadata = ImageBuilder(METADATA_PATH)
-        metadata.literal(distcp.metadata_bytes(sorted(entries, key=lambda entry: place[entry.fqn]), paths))
-        untrusted = tuple(
-            (leaf.name + path, kind)
-            for leaf, pickled in zip(others, pickles, strict=True)
-            for path, kind in _inert_in(pickled)
-        )
-        images = (builder.build(), metadata.build())
-        return WritePlan(images, tuple(slots), tuple(names), untrusted, signature)
-
-
-def _inert_in(pickled: Pickled) -> list[tuple[str, str]]:
+def inert_in(pickled: Pickled) -> list[tuple[str, str]]:
     """The first object in it that a load will not bring back by itself."""
 
     def storage(key: str, dtype: torch.dtype, location: str, nbytes: int) -> StorageRef:
@@ -266,47 +184,12 @@ def _inert_in(pickled: Pickled) -> list[tuple[str, str]]:
     return [found] if found is not None else []
 
 
-def _check_storable(leaf: Leaf) -> None:
-    """Whether the leaf's memory is its value."""
-    if type(leaf.value) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        kind = type(leaf.value).__name__
-        raise LeafError(f"{leaf.name}: tensors of type {kind} cannot be saved in this layout")
-    _refuse_unreachable(leaf)
-
-
-def _refuse_unreachable(leaf: Leaf) -> None:
-    for tensor in tensors_in(leaf.value):
+def refuse_unreachable(leaf: Leaf) -> None:
+    """Raise LeafError for tensors whose bytes cannot be copied."""
+    for tensor in map(local_of, tensors_in(leaf.value)):
         if tensor.layout != torch.strided:
             raise LeafError(f"{leaf.name}: sparse tensors ({tensor.layout}) cannot be saved; densify it")
         try:
             devices.seam.device_of(tensor)
         except ValueError as error:
             raise LeafError(f"{leaf.name}: {error}; only those of the host and of CUDA devices") from None
-
-
-class MegatronPlanner(_Cache):
-    """`mp_rank_00/model_optim_rng.pt`: the whole tree in one torch.save zip."""
-
-    def plan(self, tree: Mapping[str, Any]) -> Planned:
-        for leaf in flatten(tree):
-            _refuse_unreachable(leaf)
-        pickled = pickle_tree(to_megatron(tree), where="state")
-        signature = tuple(storage.nbytes() for storage in pickled.storages)
-        served = self._serve(signature, [pickled])
-        plan = served or self._keep(self._lay_out(signature, tree, pickled))
-        return _planned(plan, [("state", pickled)], [], served is None)
-
-    @staticmethod
-    def _lay_out(signature: tuple[int, ...], tree: Mapping[str, Any], pickled: Pickled) -> WritePlan:
-        owners: dict[int, str] = {}
-        for leaf in flatten(tree):
-            for tensor in tensors_in(leaf.value):
-                if tensor.layout == torch.strided:
-                    owners.setdefault(tensor.untyped_storage().data_ptr(), leaf.name)
-        names = [owners.get(s.data_ptr(), f"storage {index}") for index, s in enumerate(pickled.storages)]
-        slot = _slot_nbytes(len(pickled.data))
-        builder = ImageBuilder(model_path())
-        storages = [(1 + index, nbytes) for index, nbytes in enumerate(signature)]
-        torch_zip.lay_out(builder, torch_zip.stem_of(builder.path), (0, slot), storages)
-        untrusted = tuple((f"state{path}", kind) for path, kind in _inert_in(pickled))
-        return WritePlan((builder.build(),), (slot,), ("data.pkl", *names), untrusted, signature)

@@ -8,8 +8,8 @@ rank and one outcome; what rank 0 must know besides (where each rank's items lie
 Guarantees:
 - Every wait has a deadline, also one for a store whose host has stopped to answer: its calls run on a thread
   of their own, on a client of their own.
-- A rank that shows no life for `silence_s` is named in the error of all others. It is judged by the observer's
-  own clock.
+- A rank that shows no life for `silence_s` is named in the error of all others. The observer's own clock
+  decides.
 - Keys carry the run's incarnation and the save's number: a straggler cannot vote in a later save.
 """
 
@@ -58,8 +58,8 @@ class Ballot:
         rank, step: whose it is, and which step that rank saves.
         error: why its part failed; None if all of it is fsynced and nothing was torn.
         fragment: of what it wrote.
-        groups: for each set of ranks that hold the same tensors, the digest of what this rank thinks they are.
-        layout: digest of where its items lie; see `Ranks.layout_of`.
+        groups: for each set of ranks that hold the same tensors, a digest of what they are to this rank.
+        layout: digest of where its items lie; see `Ranks.say_layout`.
         pickles: CRC-32 of each python leaf that rank 0 saves for all.
     """
 
@@ -110,8 +110,8 @@ class StoreClient:
     """Calls of a store that cannot hang their caller.
 
     Args:
-        store: any torch.distributed store. A client of our own is made of it where it can be: a blocking call of
-            somebody else's holds a shared one for seconds.
+        store: any torch.distributed store. A client of our own is made of it where it can be: a blocking call
+            of somebody else's holds a shared one for seconds.
         prefix: of all keys.
 
     Thread-safe. A call that its deadline overtook leaves the client unusable: nobody knows what it did.
@@ -180,9 +180,7 @@ class StoreClient:
         answer = _Answer()
         self._calls.put((function, answer))
         if not answer.came.wait(_CALL_TIMEOUT_S):
-            self._broken = (
-                f"the store has not answered for {_CALL_TIMEOUT_S:g} s: has the process that hosts it stopped?"
-            )
+            self._broken = f"the store has not answered for {_CALL_TIMEOUT_S:g} s: is its host stopped?"
             raise RankError(self._broken)
         if answer.error is not None:
             raise RankError(
@@ -213,7 +211,11 @@ class _Answer:
 def _own_client(store: Any) -> Any:
     try:
         return store.clone()
-    except (AttributeError, NotImplementedError, RuntimeError):  # before torch 2.7, or a store of another kind
+    except (
+        AttributeError,
+        NotImplementedError,
+        RuntimeError,
+    ):  # before torch 2.7, or a store of another kind
         return store
 
 
@@ -337,7 +339,7 @@ class Ranks:
                 break
             silent = watch.silent(lambda: self._without(f"{key}/ballot", others))
             if silent is not None:
-                raise RankError(f"rank {silent} shows no sign of life since {self._silence_s:g} s: is it dead?")
+                raise self._silence_of(silent)
             if not deadline.pause():
                 missing = self._without(f"{key}/ballot", others)
                 raise RankError(f"{_named(missing)} did not vote within {self._timeout_s:g} s")
@@ -388,7 +390,7 @@ class Ranks:
     # -- a load
 
     def choose(self, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Rank 0 decides (JSON), all get it. Calls of this and of `all_say` come in the same order everywhere.
+        """Rank 0 decides (JSON), all get it. Every rank calls this and `all_say` in the same order.
 
         Raises:
             RankError: rank 0 does not answer; or it failed: then rank 0 raises what `choose` raised.
@@ -440,9 +442,14 @@ class Ranks:
         while not self._client.has(*keys):
             silent = watched.silent(lambda: self._lacking(keys, ranks)) if watch else None
             if silent is not None:
-                raise RankError(f"rank {silent} shows no sign of life since {self._silence_s:g} s: is it dead?")
+                raise self._silence_of(silent)
             if not deadline.pause():
-                raise RankError(f"{_named(self._lacking(keys, ranks))} took longer than {self._timeout_s:g} s {to}")
+                raise RankError(
+                    f"{_named(self._lacking(keys, ranks))} took longer than {self._timeout_s:g} s {to}"
+                )
+
+    def _silence_of(self, rank: int) -> RankError:
+        return RankError(f"rank {rank} shows no sign of life since {self._silence_s:g} s: is it dead?")
 
     def _lacking(self, keys: Sequence[str], ranks: Collection[int]) -> list[int]:
         assert self._client is not None
@@ -526,6 +533,6 @@ def _check_alike(ballots: Sequence[Ballot]) -> None:
             rank, expected = known.setdefault(group, (ballot.rank, name))
             if name != expected:
                 raise RankError(
-                    f"the state of rank {ballot.rank} has another structure than that of rank {rank}: what they hold "
-                    f"both must have the same names, shapes and dtypes, in the same order"
+                    f"the state of rank {ballot.rank} has another structure than that of rank {rank}: what they "
+                    f"hold both must have the same names, shapes and dtypes, in the same order"
                 )

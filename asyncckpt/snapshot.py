@@ -22,6 +22,7 @@ from .errors import DeviceError, OptionError, SaveError, TornStateError, WriteEr
 from .formats.image import NO_RECORD
 from .formats.manifest import FileEntry
 from .plan import Planned, WritePlan
+from .shards import local_of
 
 _CHUNK_NBYTES = 4 << 20  # also the block of a CRC in the manifest; fewer would slow the disk down
 _CHUNK_NBYTES_MIN = 4096
@@ -48,17 +49,16 @@ class Guard:
     def __init__(self, live: list[tuple[str, torch.Tensor]]) -> None:
         # Aliases share the counter; they keep the memory when `tensor.data` is pointed elsewhere.
         self._watched = [
-            (name, alias := tensor.detach(), _version(alias), alias.data_ptr(), *_storage(alias))
-            for name, tensor in live
+            (name, alias := tensor.detach(), _version(alias), *_memory(alias)) for name, tensor in live
         ]
         self.storages = frozenset(address for _, _, _, _, address, _ in self._watched if address)
 
     def changed(self) -> str | None:
         """The first tensor that changed and how; None if none did."""
-        for name, tensor, version, address, *storage in self._watched:
+        for name, tensor, version, *memory in self._watched:
             if _version(tensor) != version:
                 return f"{name} was written to"
-            if tensor.data_ptr() != address or [*_storage(tensor)] != storage:
+            if [*_memory(tensor)] != memory:
                 return f"the storage of {name} was resized or replaced"
         return None
 
@@ -68,12 +68,19 @@ class Guard:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version  # noqa: SLF001 -- there is no public name for it
+    if tensor.is_inference():
+        return 0
+    version: int = tensor._version  # noqa: SLF001 -- there is no public name for it
+    local = local_of(tensor)
+    if local is not tensor:  # of a sharded tensor, either handle may be written to; both only count up
+        version += local._version  # noqa: SLF001
+    return version
 
 
-def _storage(tensor: torch.Tensor) -> tuple[int, int]:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr(), storage.nbytes()
+def _memory(tensor: torch.Tensor) -> tuple[int, int, int]:
+    local = local_of(tensor)
+    storage = local.untyped_storage()
+    return local.data_ptr(), storage.data_ptr(), storage.nbytes()
 
 
 # ---------------------------------------------------------------------------- engine

@@ -32,6 +32,7 @@ from . import arrays
 from .devices import devices_of, in_use
 from .errors import LeafError, OptionError
 from .formats.inert import brief
+from .shards import local_of
 from .tree import Matching, StoredTensor, describe, flatten
 
 
@@ -70,21 +71,19 @@ class ModelSection:
         """Addresses of the tensors that forward may change."""
         if not isinstance(self.model, torch.nn.Module):
             return set()
-        return {buffer.data_ptr() for buffer in self.model.buffers()}
+        return {local_of(buffer).data_ptr() for buffer in self.model.buffers()}
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
         live = self.model.state_dict()
         stored = _by_key(stored, live)
         own = None
         if isinstance(self.model, torch.nn.Module):
-            own = {t.data_ptr() for t in self.model.parameters()} | {
-                t.data_ptr() for t in self.model.buffers()
-            }
+            own = {local_of(t).data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
         rest: dict[str, Any] = {}  # what only the module itself can put in its place
         for key, value in live.items():
             if key not in stored:
                 matching.missing.append(f"{name}.{key}")
-            elif isinstance(value, torch.Tensor) and (own is not None and value.data_ptr() in own):
+            elif isinstance(value, torch.Tensor) and (own is not None and local_of(value).data_ptr() in own):
                 matching.into(f"{name}.{key}", stored[key], value)
             elif isinstance(value, torch.Tensor) != isinstance(stored[key], StoredTensor):
                 matching.differences.append(f"{name}.{key}: a tensor on one side only")

@@ -19,6 +19,9 @@ from .errors import LeafError
 
 Path = tuple[str | int, ...]
 
+# What each rank has for itself; all else is the same on every rank, or spread over them as torch knows.
+OWN_SECTIONS = ("dataloader", "per_rank", "rng")
+
 
 class Leaf(NamedTuple):
     """A value of the tree that is saved as one: a tensor, or python that is pickled."""

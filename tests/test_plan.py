@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from asyncckpt import AsyncCheckpointer
 from asyncckpt.errors import LeafError
-from asyncckpt.plan import planner_for, span_nbytes
+from asyncckpt.plan import span_nbytes
+from asyncckpt.planners import planner_for
 from asyncckpt.state import TrainingState
 
 LAYOUTS = ["dcp", "megatron"]

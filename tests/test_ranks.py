@@ -117,7 +117,9 @@ def test_a_first_rank_that_cannot_begin_is_heard_by_all_and_may_try_again(store:
     for future in futures[1:]:
         with pytest.raises(RankError, match="rank 0 could not begin: OptionError: the root is a file"):
             future.result(60)
-    assert each(world, lambda ranks: ranks.begin(lambda: {"incarnation": "b"})) == [{"incarnation": "b"}] * WORLD
+    assert (
+        each(world, lambda ranks: ranks.begin(lambda: {"incarnation": "b"})) == [{"incarnation": "b"}] * WORLD
+    )
 
 
 @pytest.mark.parametrize("kind", ["tcp", "prefix", "hash"])
@@ -239,9 +241,9 @@ def test_whoever_does_not_vote_is_named(store: TCPStore) -> None:
 
 def test_a_first_rank_that_does_not_answer_is_named(store: TCPStore) -> None:
     world = make(store, timeout_s=SOON_S)
-    with pytest.raises(RankError, match="rank 0 took longer than 0.4 s to publish"):
+    with pytest.raises(RankError, match=r"rank 0 took longer than 0.4 s to publish"):
         world[1].outcome(1)
-    with pytest.raises(RankError, match="rank 0 took longer than 0.4 s to choose a step"):
+    with pytest.raises(RankError, match=r"rank 0 took longer than 0.4 s to choose a step"):
         world[1].choose(dict)
 
 
@@ -259,7 +261,7 @@ def test_the_dead_are_named_long_before_the_deadline(store: TCPStore) -> None:
     try:
         for ranks in world[:3]:
             ranks.vote(1, ballot(ranks.rank))
-        with pytest.raises(RankError, match="rank 3 shows no sign of life since 0.4 s"):
+        with pytest.raises(RankError, match=r"rank 3 shows no sign of life since 0.4 s"):
             world[0].collect(1, ballot(0))
     finally:
         stop.set()
@@ -277,9 +279,10 @@ def test_the_living_may_take_their_time(store: TCPStore) -> None:
     def vote_late() -> None:
         nonlocal beats
         pause = threading.Event()
-        for beats in range(1, 25):  # three times as long as silence would be death
+        for _ in range(24):  # three times as long as silence would be death
             pause.wait(SOON_S / 8)
             world[1].beat()
+            beats += 1
         world[1].vote(1, ballot(1))
 
     late = threading.Thread(target=vote_late)
@@ -300,7 +303,7 @@ def test_a_store_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPatch) ->
             return release.wait(60)
 
     client = StoreClient(Hanging(), "p/")
-    with pytest.raises(RankError, match="has not answered for 0.2 s"):
+    with pytest.raises(RankError, match=r"has not answered for 0.2 s"):
         client.has("x")
     with pytest.raises(RankError, match="has not answered"):  # it is not asked again
         client.set("x", b"")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,16 @@ class ItemSpec:
             fqn, tensor.dtype, shape, stride, span_nbytes,
             tensor.requires_grad, tensor.is_conj(), tensor.is_neg(),
         )  # fmt: skip
+
+    def cut(self, shape: tuple[int, ...]) -> ItemSpec:
+        """Of a piece of the tensor's memory that is a box of this shape; the tensor is contiguous."""
+        stride = []
+        elements = 1
+        for size in reversed(shape):
+            stride.append(elements)
+            elements *= max(1, size)
+        nbytes = span_elements(shape, stride[::-1]) * self.dtype.itemsize
+        return dataclasses.replace(self, shape=shape, stride=tuple(stride[::-1]), span_nbytes=nbytes)
 
 
 # ---------------------------------------------------------------------------- items
@@ -231,6 +242,76 @@ def metadata_bytes(
     if version is not None:
         whole.version = version
     return pickle.dumps(whole, protocol=_PICKLE_PROTOCOL)
+
+
+def pack_entries(entries: Iterable[Entry], paths: Mapping[str, tuple[PathStep, ...]]) -> bytes:
+    """Entries and paths of one rank, for `merged_metadata` on another. Deterministic."""
+    rows = [
+        [
+            entry.fqn, entry.file, *entry.span,
+            None if entry.spec is None else _packed_spec(entry.spec), entry.global_shape, entry.offsets,
+        ]
+        for entry in entries
+    ]  # fmt: skip
+    return json.dumps({"entries": rows, "paths": {k: list(v) for k, v in paths.items()}}).encode()
+
+
+def _packed_spec(spec: ItemSpec) -> list[Any]:
+    return [str(spec.dtype).removeprefix("torch."), spec.shape, spec.requires_grad]
+
+
+def merged_metadata(packed: Iterable[bytes]) -> bytes:
+    """The contents of `.metadata` for the items of several ranks, each packed by `pack_entries`.
+
+    Raises:
+        LeafError: the pieces of a tensor are not the whole of it, or ranks disagree on what it is.
+    """
+    paths: dict[str, tuple[PathStep, ...]] = {}
+    pieces: dict[str, dict[tuple[int, ...], Entry]] = {}
+    for data in packed:
+        fields = json.loads(data)
+        for fqn, path in fields["paths"].items():
+            paths.setdefault(fqn, tuple(path))
+        for fqn, file, offset, nbytes, spec, whole, offsets in fields["entries"]:
+            if spec is None:
+                entry = Entry(fqn, file, Span(offset, nbytes))
+            else:
+                dtype, shape = getattr(torch, spec[0]), tuple(spec[1])
+                entry = Entry(
+                    fqn, file, Span(offset, nbytes),
+                    ItemSpec(fqn, dtype, shape, (), 0, spec[2]), tuple(whole), tuple(offsets),
+                )  # fmt: skip
+            # Of a piece without elements, several ranks may have written the same.
+            pieces.setdefault(fqn, {}).setdefault(entry.offsets or (), entry)
+    for fqn in paths:
+        if fqn not in pieces:
+            raise LeafError(f"{fqn} was written by no rank")
+    place = {fqn: index for index, fqn in enumerate(paths)}
+    entries = []
+    for fqn in sorted(pieces, key=place.__getitem__):
+        found = [pieces[fqn][offsets] for offsets in sorted(pieces[fqn])]
+        _check_whole(fqn, found)
+        entries += found
+    return metadata_bytes(entries, paths)
+
+
+def _check_whole(fqn: str, pieces: Sequence[Entry]) -> None:
+    first = pieces[0]
+    if first.spec is None or first.global_shape is None:
+        return
+    elements = 0
+    for piece in pieces:
+        spec = piece.spec
+        if spec is None or piece.global_shape != first.global_shape or spec.dtype != first.spec.dtype:
+            raise LeafError(f"{fqn} is {_shown(first)} on one rank and {_shown(piece)} on another")
+        elements += torch.Size(spec.shape).numel()
+    whole = torch.Size(first.global_shape).numel()
+    if elements != whole:
+        raise LeafError(f"{fqn}: the ranks have {elements} of its {whole} elements")
+
+
+def _shown(entry: Entry) -> str:
+    return "no tensor" if entry.spec is None else f"{entry.spec.dtype}{list(entry.global_shape or ())}"
 
 
 def read_metadata(data: bytes, *, trusted: bool = False) -> Metadata:

@@ -21,6 +21,11 @@ def data_path(rank: int, index: int = 0) -> str:
     return f"__{rank}_{index}.distcp"
 
 
+def own_path(rank: int) -> str:
+    """The file of what is a rank's own (generators, sampler), relative to the step directory."""
+    return f"rank_{rank:05d}.pt"
+
+
 @dataclass(frozen=True)
 class DcpLayout:
     """`step-N/`; DCP writes `.metadata` last, so its presence is what makes a step."""

@@ -1,0 +1,250 @@
+"""Plans of DCP directories: what one rank writes of a tree that all ranks have together.
+
+__{rank}_0.distcp   one item per tensor or piece of one that this rank writes; rank 0: and python leaves
+.metadata           which item of which file holds what; of several ranks, rank 0 writes it at the end
+rank_{rank}.pt      what is a rank's own: generators, sampler; only where there are several ranks
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import LeafError
+from ..formats import distcp, torch_zip
+from ..formats.image import ImageBuilder
+from ..formats.pickles import Pickled, pickle_tree
+from ..layouts.dcp import METADATA_PATH, data_path, own_path
+from ..plan import (
+    PlanCache,
+    Planned,
+    WritePlan,
+    inert_in,
+    planned_with,
+    refuse_unreachable,
+    slot_nbytes,
+    span_nbytes,
+)
+from ..shards import Block, Blocks, Piece, boxes, is_sharded, local_of, shares
+from ..tree import OWN_SECTIONS, Leaf, flatten, tensors_in
+
+
+class _Tensor(NamedTuple):
+    """A tensor leaf, and where it stands among those that differ: tied tensors are one item."""
+
+    leaf: Leaf
+    item: int
+    form: tuple[Any, ...]
+
+
+class _Source(NamedTuple):
+    """What this rank writes of an item: a piece of its local memory."""
+
+    item: int
+    piece: Piece | None  # None: all of it, gaps between strides included
+    begin_nbytes: int
+    nbytes: int
+
+
+class DcpPlanner(PlanCache):
+    """Tensors first, then python leaves. Tied tensors (same memory, shape and strides) are one item under
+    several names. What several ranks hold, they write in equal shares."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__()
+        import torch.distributed.checkpoint.filesystem  # noqa: F401 -- else the first save pays for it
+
+        self._rank = rank
+        self._alone = world_size == 1
+        self._blocks = Blocks(world_size)
+        self._sources: list[_Source] = []
+
+    def plan(self, tree: Mapping[str, Any]) -> Planned:
+        own = {} if self._alone else {name: tree[name] for name in OWN_SECTIONS if name in tree}
+        leaves = flatten({name: branch for name, branch in tree.items() if name not in own})
+        tensors: list[_Tensor] = []
+        others: list[Leaf] = []
+        items: dict[tuple[Any, ...], int] = {}
+        unique: list[torch.Tensor] = []
+        for leaf in leaves:
+            if isinstance(leaf.value, torch.Tensor) and leaf.value.layout == torch.strided:
+                _check_storable(leaf)
+                tensor, local = leaf.value, local_of(leaf.value)
+                form = (
+                    tensor.dtype, tensor.shape, local.shape, local.stride(), _placement(tensor),
+                    tensor.requires_grad, local.is_conj(), local.is_neg(),
+                )  # fmt: skip
+                item = items.setdefault((local.data_ptr() or id(local), form), len(unique))
+                if item == len(unique):
+                    unique.append(tensor)
+                tensors.append(_Tensor(leaf, item, form))
+            else:
+                refuse_unreachable(leaf)
+                _refuse_sharded(leaf)
+                others.append(leaf)
+        pickles = [pickle_tree(leaf.value, where=leaf.name) for leaf in others]
+        crcs = () if self._alone else tuple(zlib.crc32(pickled.data) for pickled in pickles)
+
+        shared = list(zip(others, pickles, strict=True))
+        written = [(leaf.name, pickled) for leaf, pickled in shared] if self._rank == 0 else []
+        if not self._alone:
+            for leaf in flatten(own):
+                refuse_unreachable(leaf)
+                _refuse_sharded(leaf)
+            written.append((f"what is rank {self._rank}'s own", pickle_tree(own, where="own")))
+        signature = (
+            tuple((leaf.path, item, form) for leaf, item, form in tensors),
+            tuple((leaf.path, tuple(s.nbytes() for s in pickled.storages)) for leaf, pickled in shared),
+            tuple(tuple(s.nbytes() for s in pickled.storages) for _, pickled in written),
+        )
+        served = self._serve(signature, [pickled for _, pickled in written])
+        plan = served or self._keep(self._lay_out(signature, leaves, tensors, unique, others, written))
+        spans = [(local_of(unique[s.item]), s.begin_nbytes, s.nbytes) for s in self._sources]
+        return planned_with(plan, written, spans, served is None, crcs)
+
+    # -- once per structure
+
+    def _lay_out(
+        self,
+        signature: object,
+        leaves: list[Leaf],
+        tensors: list[_Tensor],
+        unique: list[torch.Tensor],
+        others: list[Leaf],
+        written: list[tuple[str, Pickled]],
+    ) -> WritePlan:
+        names = [name for name, _ in written]
+        slots = [slot_nbytes(len(pickled.data)) for _, pickled in written]
+        called: dict[int, str] = {}  # items, by the first of their names
+        for leaf, item, _ in tensors:
+            called.setdefault(item, leaf.name)
+        blocks = [self._blocks.of(called[item], tensor) for item, tensor in enumerate(unique)]
+        self._sources = _sources(unique, blocks, self._rank)
+
+        builder = ImageBuilder(data_path(self._rank))
+        placed: dict[int, list[tuple[distcp.ItemSpec, distcp.Span, tuple[int, ...]]]] = {}
+        for source in self._sources:
+            spec, offsets = _described(
+                called[source.item], unique[source.item], blocks[source.item], source.piece
+            )
+            span = distcp.lay_out_tensor(builder, spec, len(names))
+            names.append(spec.fqn)
+            placed.setdefault(source.item, []).append((spec, span, offsets))
+        entries = [
+            distcp.Entry(leaf.name, builder.path, span, spec, blocks[item].whole, offsets)
+            for leaf, item, _ in tensors
+            for spec, span, offsets in placed.get(item, ())
+        ]
+        numbers = _storage_numbers(names, written)
+        for index, (leaf, storages) in enumerate(zip(others, numbers, strict=False)):
+            if self._rank == 0:
+                span = distcp.lay_out_bytes(builder, index, slots[index], storages)
+                entries.append(distcp.Entry(leaf.name, builder.path, span))
+        images = [builder.build()]
+        paths = {leaf.name: leaf.path for leaf in leaves}
+        place = {name: index for index, name in enumerate(paths)}  # loading finds the tree's own order
+        entries.sort(key=lambda entry: place[entry.fqn])
+        untrusted = tuple(
+            (name + path, kind) for name, pickled in written for path, kind in inert_in(pickled)
+        )
+        if self._alone:
+            metadata = ImageBuilder(METADATA_PATH)
+            metadata.literal(distcp.metadata_bytes(entries, paths))
+            images.append(metadata.build())
+            return WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature)
+        own = ImageBuilder(own_path(self._rank))
+        torch_zip.lay_out(own, torch_zip.stem_of(own.path), (len(slots) - 1, slots[-1]), numbers[-1])
+        images.append(own.build())
+        layout = distcp.pack_entries(entries, paths)
+        groups = _groups(blocks, tensors, others)
+        return WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature, layout, groups)
+
+
+def _placement(tensor: torch.Tensor) -> object:
+    """What tells apart how equal shapes are spread over ranks."""
+    if not is_sharded(tensor):
+        return None
+    return tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+
+
+def _sources(unique: Sequence[torch.Tensor], blocks: Sequence[Block], rank: int) -> list[_Source]:
+    """What this rank writes, in the order of the items."""
+    locals_ = [local_of(tensor) for tensor in unique]
+    cuttable = [local.is_contiguous() and not (local.is_conj() or local.is_neg()) for local in locals_]
+    table = [
+        (block, local.element_size(), can_cut)
+        for block, local, can_cut in zip(blocks, locals_, cuttable, strict=True)
+    ]
+    found = []
+    for item, (mine, local) in enumerate(zip(shares(table, rank), locals_, strict=True)):
+        block = blocks[item]
+        if not local.numel() and 0 not in block.whole:
+            continue  # nothing of it is here
+        for begin, end in mine:
+            if (begin, end) == (0, local.numel()):
+                found.append(_Source(item, None, 0, span_nbytes(local)))
+                continue
+            for piece in boxes(block.shape, begin, end):
+                first = piece.begin * local.element_size()
+                nbytes = torch.Size(piece.shape).numel() * local.element_size()
+                found.append(_Source(item, piece, first, nbytes))
+    return found
+
+
+def _described(
+    name: str, tensor: torch.Tensor, block: Block, piece: Piece | None
+) -> tuple[distcp.ItemSpec, tuple[int, ...]]:
+    """An item's spec, and where it lies in the whole tensor."""
+    spec = replace(distcp.ItemSpec.of(name, local_of(tensor)), requires_grad=tensor.requires_grad)
+    if piece is None:
+        return spec, block.offsets
+    offsets = tuple(a + b for a, b in zip(block.offsets, piece.offsets, strict=True))
+    return spec.cut(piece.shape), offsets
+
+
+def _storage_numbers(names: list[str], written: list[tuple[str, Pickled]]) -> list[list[tuple[int, int]]]:
+    """(source, nbytes) of the storages met while pickling, which are the last sources; names them."""
+    numbers = []
+    for name, pickled in written:
+        storages = []
+        for position, storage in enumerate(pickled.storages):
+            storages.append((len(names), storage.nbytes()))
+            names.append(f"{name} (storage {position})")
+        numbers.append(storages)
+    return numbers
+
+
+def _groups(
+    blocks: Sequence[Block], tensors: Sequence[_Tensor], others: Sequence[Leaf]
+) -> tuple[tuple[str, str], ...]:
+    """For each set of ranks that this one shares tensors with, a digest of which; python leaves are all ranks'."""
+    seen: dict[str, Any] = {}
+    for leaf, item, form in tensors:
+        block = blocks[item]
+        if len(block.holders) > 1:
+            said = (leaf.path, block.whole, block.offsets, block.shape, str(form[0]), item)
+            seen.setdefault(block.key, hashlib.sha256()).update(repr(said).encode())
+    python = hashlib.sha256(repr([leaf.path for leaf in others]).encode())
+    return (
+        ("python", python.hexdigest()[:16]),
+        *((key, found.hexdigest()[:16]) for key, found in seen.items()),
+    )
+
+
+def _check_storable(leaf: Leaf) -> None:
+    """Whether the leaf's memory is its value."""
+    local = local_of(leaf.value)
+    if type(local) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        kind = type(local).__name__
+        raise LeafError(f"{leaf.name}: tensors of type {kind} cannot be saved in this layout")
+    refuse_unreachable(leaf)
+
+
+def _refuse_sharded(leaf: Leaf) -> None:
+    if any(map(is_sharded, tensors_in(leaf.value))):
+        raise LeafError(f"{leaf.name}: a tensor that is spread over ranks must be a leaf of its own here")

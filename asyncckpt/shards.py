@@ -1,0 +1,207 @@
+"""What torch knows of tensors that are spread over ranks: which block of the whole is here, who else has it.
+
+A DTensor is a handle: its memory, and what may be changed behind it, is its local tensor. A plain tensor is
+taken to be the same on every rank, as torch.distributed.checkpoint takes it.
+
+Pure: no communication.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import LeafError
+
+_SPLIT_NBYTES_MIN = 64 << 10  # smaller tensors are not worth cutting
+_CUT_NBYTES = 4096  # where tensors are cut; keeps pieces aligned, and costs no balance
+
+
+@dataclass(frozen=True)
+class Block:
+    """A box of a tensor.
+
+    Attributes:
+        whole: shape of the tensor.
+        offsets, shape: of the box in it, in elements.
+        holders: the ranks that have this very box, ascending.
+    """
+
+    whole: tuple[int, ...]
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    holders: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """Its holders, as a name."""
+        return ",".join(map(str, self.holders))
+
+
+def _dtensor() -> Any:
+    """The class, if this process has any such tensor; importing it takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", None)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a handle of something spread over ranks."""
+    kind = _dtensor()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor whose memory it is; itself, most of the time."""
+    if type(tensor) is torch.Tensor or not is_sharded(tensor):
+        return tensor
+    local: torch.Tensor = tensor._local_tensor  # type: ignore[attr-defined]  # noqa: SLF001 -- to_local() is autograd's
+    return local
+
+
+class Blocks:
+    """Finds the block that is here of each tensor; remembers, since torch takes its time.
+
+    Args:
+        world_size: of the ranks that have the plain tensors.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._all = tuple(range(world_size))
+        self._known: dict[Any, Block] = {}
+
+    def of(self, name: str, tensor: torch.Tensor) -> Block:
+        """The block of `tensor` that is on this rank.
+
+        Raises:
+            LeafError: partial sums, or placements that are no boxes.
+        """
+        if not is_sharded(tensor):
+            shape = tuple(tensor.shape)
+            return Block(shape, (0,) * len(shape), shape, self._all)
+        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+        key = (mesh, placements, tuple(tensor.shape), tuple(local_of(tensor).shape))
+        if key not in self._known:
+            self._known[key] = _block(name, tensor, mesh, placements)
+        return self._known[key]
+
+
+def _block(name: str, tensor: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Block:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    for placement in placements:
+        if placement.is_partial():
+            raise LeafError(
+                f"{name} cannot be saved: it holds partial sums ({placement}); redistribute it first"
+            )
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise LeafError(f"{name} cannot be saved: this rank is not in its mesh")
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    local = tuple(local_of(tensor).shape)
+    if tuple(shape) != local:
+        raise LeafError(
+            f"{name} cannot be saved: {local} of it is here where {placements} says {tuple(shape)}"
+        )
+    ranks = mesh.mesh
+    for dim in reversed(range(ranks.ndim)):
+        if not isinstance(placements[dim], Replicate):
+            ranks = ranks.select(dim, coordinate[dim])
+    return Block(tuple(tensor.shape), tuple(offsets), local, tuple(sorted(ranks.flatten().tolist())))
+
+
+# ---------------------------------------------------------------------------- who writes what
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of a contiguous tensor's memory that is a box of it.
+
+    Attributes:
+        begin: of its first element, counted over the tensor in row-major order.
+        offsets, shape: of the box, in elements.
+    """
+
+    begin: int
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def shares(blocks: Sequence[tuple[Block, int, bool]], rank: int) -> list[tuple[tuple[int, int], ...]]:
+    """Which elements of each tensor this rank writes, as (begin, end) in row-major order of its block.
+
+    Holders of the same blocks write about as many bytes each. All ranks compute the same, from sizes alone.
+
+    Args:
+        blocks: each with its itemsize, and whether it can be cut.
+    """
+    totals: dict[tuple[int, ...], int] = {}
+    for block, itemsize, _ in blocks:
+        totals[block.holders] = totals.get(block.holders, 0) + _elements(block.shape) * itemsize
+    passed: dict[tuple[int, ...], int] = dict.fromkeys(totals, 0)
+    mine: list[tuple[tuple[int, int], ...]] = []
+    for block, itemsize, can_cut in blocks:
+        elements = _elements(block.shape)
+        nbytes = elements * itemsize
+        begin = passed[block.holders]
+        passed[block.holders] = begin + nbytes
+        holders = block.holders
+        place = holders.index(rank)
+        total, count = totals[holders], len(holders)
+        if count == 1:
+            mine.append(((0, elements),))
+        elif not can_cut or nbytes < _SPLIT_NBYTES_MIN:
+            # Whole, to whoever writes the byte in its middle; of nothing, to the first.
+            middle = begin + nbytes // 2
+            writer = min(count - 1, middle * count // total) if total else 0
+            mine.append(((0, elements),) if writer == place else ())
+        else:
+            cuts = [_cut(total * index // count - begin, nbytes, itemsize) for index in (place, place + 1)]
+            mine.append(((cuts[0], cuts[1]),) if cuts[0] < cuts[1] else ())
+    return mine
+
+
+def _cut(at_nbytes: int, nbytes: int, itemsize: int) -> int:
+    """An element near a byte of a tensor; its ends are never moved inwards."""
+    if at_nbytes <= 0:
+        return 0
+    if at_nbytes >= nbytes:
+        return nbytes // itemsize
+    return at_nbytes // _CUT_NBYTES * _CUT_NBYTES // itemsize
+
+
+def boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Piece]:
+    """Elements [begin, end) of a row-major tensor as few boxes, each a run of memory.
+
+    Of a [4, 10] tensor, 7 to 35 are the end of row 0 (7 to 10), rows 1 and 2, and the beginning of row 3.
+    """
+    if not shape:
+        if begin < end:
+            yield Piece(0, (), ())
+        return
+    row = _elements(shape[1:])
+    if (begin, end) == (0, row * shape[0]):
+        yield Piece(0, (0,) * len(shape), shape)
+        return
+    while begin < end:
+        index, into = divmod(begin, row)
+        if into == 0 and end - begin >= row:  # whole rows
+            count = (end - begin) // row
+            yield Piece(begin, (index, *(0,) * (len(shape) - 1)), (count, *shape[1:]))
+            begin += count * row
+        else:
+            stop = min(end, (index + 1) * row)
+            for piece in boxes(shape[1:], into, into + stop - begin):
+                yield Piece(index * row + piece.begin, (index, *piece.offsets), (1, *piece.shape))
+            begin = stop
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
