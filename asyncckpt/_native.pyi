@@ -108,6 +108,8 @@ class FileReads:
         sizes: _UInt64,
         addresses: _UInt64,
         devices: _Int32,
+        checkers: int = ...,
+        checker: int = ...,
     ) -> None: ...
 
 def read_files(

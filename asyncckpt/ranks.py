@@ -533,6 +533,6 @@ def _check_alike(ballots: Sequence[Ballot]) -> None:
             rank, expected = known.setdefault(group, (ballot.rank, name))
             if name != expected:
                 raise RankError(
-                    f"the state of rank {ballot.rank} has another structure than that of rank {rank}: what they "
-                    f"hold both must have the same names, shapes and dtypes, in the same order"
+                    f"the state of rank {ballot.rank} has another structure than that of rank {rank}: what "
+                    f"they hold both must have the same names, shapes and dtypes, in the same order"
                 )

@@ -29,9 +29,10 @@ from .formats import distcp, torch_zip
 from .formats.manifest import FileEntry, check_path
 from .formats.pickles import SparseRef, TensorRef, find_inert
 from .formats.refs import span_elements
-from .layouts.dcp import METADATA_PATH
+from .layouts.dcp import METADATA_PATH, own_path
 from .layouts.megatron import model_path
 from .layouts.megatron_tree import from_megatron
+from .shards import Block, Blocks, local_of
 from .tree import StoredPart, StoredTensor, rebuilt, unflatten
 
 _THREADS = 4
@@ -231,6 +232,15 @@ def _read_megatron(files: StepFiles, trusted: bool) -> dict[str, Any]:
             f"A checkpoint in the dcp layout can be resharded"
         )
     name = model_path()
+    return from_megatron(_read_zip(files, name, trusted))
+
+
+def read_own(files: StepFiles, rank: int, *, trusted: bool = False) -> dict[str, Any]:
+    """What is a rank's own in a step of several ranks, as branches of the tree."""
+    return _read_zip(files, own_path(rank), trusted)
+
+
+def _read_zip(files: StepFiles, name: str, trusted: bool) -> dict[str, Any]:
     nbytes = files.nbytes(name)
     try:
         tree = torch_zip.read_tree(files.reader(name), 0, nbytes, trusted=trusted)
@@ -238,7 +248,7 @@ def _read_megatron(files: StepFiles, trusted: bool) -> dict[str, Any]:
         raise CorruptStepError(files.path(name), str(error)) from error
     if not isinstance(tree, Mapping):
         raise CorruptStepError(files.path(name), f"holds a {type(tree).__name__}, not a state dict")
-    return from_megatron(_stored(tree, name))
+    return dict(_stored(tree, name))
 
 
 def _stored(value: Any, file: str) -> Any:
@@ -284,8 +294,12 @@ def read_tensors(
     reads: list[tuple[str, StoredTensor, torch.Tensor]],
     *,
     verify_only: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Fill live tensors, verifying every block of every listed file in the same pass.
+
+    Args:
+        share: which of how many processes this is. Of blocks that it does not need, each verifies its share.
 
     Raises:
         CorruptStepError: a block is not what was written; names file and block. Targets may be
@@ -294,7 +308,9 @@ def read_tensors(
     wanted: dict[str, _FileReads] = {name: _FileReads() for name in files.entries or ()}
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, from); in order, so that the last wins
     values: dict[StoredPart, torch.Tensor] = {}  # where each item is read to: once, whatever its names
-    targets = [] if verify_only else [(p, t) for _, s, live in reads for p, t in _targets(s, live)]
+    blocks = Blocks(1)
+    wholes = [] if verify_only else [(s, blocks.of(name, live), live) for name, s, live in reads]
+    targets = [(part, target) for each in wholes for part, target in _targets(*each)]
     contested = _contested(targets)
     for index, (part, target) in enumerate(targets):
         if part not in values:
@@ -309,20 +325,25 @@ def read_tensors(
             reads_of_file.devices.append(devices.seam.device_of(memory))
         if values[part] is not target:
             copies.append((target, values[part]))
-    _run(files, wanted)
+    _run(files, wanted, share)
     with torch.no_grad():
         for target, value in copies:
             if target.data_ptr() != value.data_ptr():
                 _copy(target, value)
 
 
-def _targets(stored: StoredTensor, live: torch.Tensor) -> Iterator[tuple[StoredPart, torch.Tensor]]:
-    for part in stored.parts:
-        target = live
-        for dim, (offset, size) in enumerate(zip(part.offsets, part.shape, strict=True)):
-            target = target.narrow(dim, offset, size)
-        if part.nbytes:
-            yield part, target
+def _targets(
+    stored: StoredTensor, block: Block, live: torch.Tensor
+) -> Iterator[tuple[StoredPart, torch.Tensor]]:
+    """What is stored of the block that is here, and the memory it goes to."""
+    for whole in stored.parts:
+        part = whole.within(block.offsets, block.shape, stored.dtype.itemsize)
+        if part is None or not part.nbytes:
+            continue
+        target = local_of(live)
+        for dim, (offset, here, size) in enumerate(zip(part.offsets, block.offsets, part.shape, strict=True)):
+            target = target.narrow(dim, offset - here, size)
+        yield part, target
 
 
 def _contested(targets: list[tuple[StoredPart, torch.Tensor]]) -> set[int]:
@@ -372,7 +393,7 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     target.copy_(source)
 
 
-def _run(files: StepFiles, wanted: Mapping[str, _FileReads]) -> None:
+def _run(files: StepFiles, wanted: Mapping[str, _FileReads], share: tuple[int, int]) -> None:
     """One native pass over all files; more only where stored tensors overlap each other."""
     left: dict[str, _FileReads] = {}
     used: set[int] = set()
@@ -397,6 +418,8 @@ def _run(files: StepFiles, wanted: Mapping[str, _FileReads]) -> None:
             np.array(now.sizes, dtype=np.uint64),
             np.array(now.addresses, dtype=np.uint64),
             np.array(now.devices, dtype=np.int32),
+            checkers=share[1],
+            checker=share[0],
         )
     streams = devices.current_streams(used - {devices.HOST})
     try:
@@ -408,7 +431,7 @@ def _run(files: StepFiles, wanted: Mapping[str, _FileReads]) -> None:
     if error is not None:
         _raise(files, *error)
     if left:
-        _run(files, left)
+        _run(files, left, share)
 
 
 def _apart(reads: _FileReads) -> tuple[_FileReads, _FileReads]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .errors import LeafError
+from .formats.refs import span_elements
 
 Path = tuple[str | int, ...]
 
@@ -191,6 +192,25 @@ class StoredPart(NamedTuple):
     stride: tuple[int, ...]
     conj: bool = False
     neg: bool = False
+
+    def within(self, offsets: Sequence[int], shape: Sequence[int], itemsize: int) -> StoredPart | None:
+        """What of it lies in a box of the whole tensor; None if nothing does. The stride stays."""
+        begins = [max(a, b) for a, b in zip(self.offsets, offsets, strict=True)]
+        ends = [
+            min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.shape, offsets, shape, strict=True)
+        ]
+        if any(end <= begin for begin, end in zip(begins, ends, strict=True)):
+            return None
+        cut = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
+        if cut == self.shape:
+            return self
+        skipped = sum((a - b) * n for a, b, n in zip(begins, self.offsets, self.stride, strict=True))
+        return self._replace(
+            data_offset=self.data_offset + skipped * itemsize,
+            nbytes=span_elements(cut, self.stride) * itemsize,
+            offsets=tuple(begins),
+            shape=cut,
+        )
 
 
 @dataclass(frozen=True)

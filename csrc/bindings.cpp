@@ -146,7 +146,7 @@ struct FileReads {
 
   void add(const std::string& path, uint64_t nbytes, uint64_t block_nbytes,
            std::vector<uint32_t> block_crcs, UInt64Array offsets, UInt64Array sizes,
-           UInt64Array addresses, Int32Array devices) {
+           UInt64Array addresses, Int32Array devices, unsigned checkers, unsigned checker) {
     if (offsets.shape(0) != sizes.shape(0) || offsets.shape(0) != addresses.shape(0) ||
         offsets.shape(0) != devices.shape(0))
       throw nb::value_error("offsets, sizes, addresses and devices differ in length");
@@ -155,6 +155,8 @@ struct FileReads {
     file.nbytes = nbytes;
     file.block_nbytes = block_nbytes;
     file.block_crcs = std::move(block_crcs);
+    file.checkers = checkers;
+    file.checker = checker;
     for (size_t i = 0; i < offsets.shape(0); ++i)
       file.segments.push_back(
           {offsets.data()[i], sizes.data()[i], addresses.data()[i], devices.data()[i]});
@@ -288,7 +290,7 @@ NB_MODULE(_native, m) {
   nb::class_<FileReads>(m, "FileReads")
       .def(nb::init<>())
       .def("add", &FileReads::add, "path"_a, "nbytes"_a, "block_nbytes"_a, "block_crcs"_a,
-           "offsets"_a, "sizes"_a, "addresses"_a, "devices"_a);
+           "offsets"_a, "sizes"_a, "addresses"_a, "devices"_a, "checkers"_a = 1, "checker"_a = 0);
   m.def(
       "read_files",
       [](const FileReads& reads, unsigned threads, bool direct, const std::string& driver,

@@ -88,6 +88,8 @@ Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct,
     if (file.block_nbytes == 0 || file.block_nbytes % kDirectAlignment != 0)
       throw std::invalid_argument(file.path + ": block size is not a multiple of 4096");
     const uint64_t blocks = (file.nbytes + file.block_nbytes - 1) / file.block_nbytes;
+    if (file.checker >= file.checkers)
+      throw std::invalid_argument(file.path + ": there is no such checker");
     if (!file.block_crcs.empty() && file.block_crcs.size() != blocks)
       throw std::invalid_argument(file.path + ": needs one CRC for each of its blocks");
     uint64_t end = 0;
@@ -223,7 +225,8 @@ ReadError Reading::read_block(size_t index, uint64_t block, Buffers& buffers) {
   const bool needed = segment != file.segments.end() && segment->offset < begin + nbytes;
   ReadError error = open(index);
   if (error.kind != ReadError::Kind::none || !opened_[index]->file.is_open()) return error;
-  if (nbytes == 0 || (!needed && file.block_crcs.empty())) return {};
+  const bool checked = !file.block_crcs.empty() && (index + block) % file.checkers == file.checker;
+  if (nbytes == 0 || (!needed && !checked)) return {};
 
   DeviceFailure failure = buffers.turn();
   char* const buffer = buffers.data();

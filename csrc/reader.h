@@ -31,6 +31,9 @@ struct FileRead {
   // One for each block of the file: then every block is read and checked, needed or not. Empty: only
   // blocks with segments are read, unchecked.
   std::vector<uint32_t> block_crcs;
+  // Of the blocks that are not needed, one in `checkers` is read: others read the rest.
+  unsigned checkers = 1;
+  unsigned checker = 0;
   std::vector<Segment> segments;  // sorted by offset, not overlapping in the file
 };
 

@@ -222,7 +222,7 @@ def _storage_numbers(names: list[str], written: list[tuple[str, Pickled]]) -> li
 def _groups(
     blocks: Sequence[Block], tensors: Sequence[_Tensor], others: Sequence[Leaf]
 ) -> tuple[tuple[str, str], ...]:
-    """For each set of ranks that this one shares tensors with, a digest of which; python leaves are all ranks'."""
+    """For each set of ranks that this one shares tensors with, a digest of those; python leaves are all ranks'."""
     seen: dict[str, Any] = {}
     for leaf, item, form in tensors:
         block = blocks[item]
