@@ -46,6 +46,7 @@ from .layouts import layout_named
 from .lease import RootLease
 from .loader import Loader, Resume
 from .planners import planner_for
+from .ranks import ranks_of
 from .snapshot import Stager
 from .state import TrainingState
 
@@ -67,6 +68,8 @@ class AsyncCheckpointer:
         dataloader: anything with state_dict() and load_state_dict().
         extra: the same; or a dict of plain values, tensors, CuPy arrays and such objects. load fills
             tensors, arrays and objects in place, and replaces the other values in the dict.
+        per_rank: the same, of what is a rank's own where there are several; generators and the dataloader
+            are kept per rank anyway. All else is taken to be the same on every rank, or a DTensor.
         layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint) or "megatron"
             (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker).
         host_memory: bytes that staging may take, all in all. A state that is larger streams through;
@@ -87,6 +90,10 @@ class AsyncCheckpointer:
             long for room before it raises.
         save_rng: capture and restore python's, numpy's and torch's generators.
         read_only: only load: no lease, no writes; other runs may own the root.
+        store, rank, world_size: in what, and among whom, ranks agree. Default: torch.distributed's own,
+            if its process group was initialised; world_size=1 makes this rank save by itself. Every rank
+            constructs its checkpointer, and calls save() and load() in the same order, with the same steps.
+        rank_timeout_s: a rank that shows no sign of life for so long is taken for dead.
         on_phase: called with (step, phase) as each phase is reached, on whatever thread reaches it.
 
     One thread trains: it calls save(), fence(), load() and steps the optimizers. Everything that changes
@@ -106,6 +113,7 @@ class AsyncCheckpointer:
         lr_scheduler: Any = None,
         dataloader: Any = None,
         extra: Any = None,
+        per_rank: Any = None,
         layout: str = "dcp",
         host_memory: int | None = None,
         writers: int = 4,
@@ -119,6 +127,10 @@ class AsyncCheckpointer:
         fence_timeout_s: float = 1800.0,
         save_rng: bool = True,
         read_only: bool = False,
+        store: Any = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        rank_timeout_s: float = 60.0,
         on_phase: PhaseObserver | None = None,
     ) -> None:
         options.check_choice("on_error", on_error, ("raise", "warn"))
@@ -138,6 +150,7 @@ class AsyncCheckpointer:
             lr_scheduler=lr_scheduler,
             dataloader=dataloader,
             extra=extra,
+            per_rank=per_rank,
             rng=save_rng,
         )
         layout_named(layout)  # refuse a wrong name before anything is written
@@ -149,8 +162,7 @@ class AsyncCheckpointer:
         self._fences_by_hand = self._fences_replays = fencing == "manual"
         self._pid = os.getpid()
         self._closed = False
-        self._incarnation = new_incarnation()
-        self._saves_begun = 0
+        self._calls = 0  # of save()
         self._failed: list[Save] = []  # not heard of yet
         self._failed_lock = threading.Lock()
         self._lock = threading.RLock()  # optimizers may step on autograd's threads
@@ -159,18 +171,34 @@ class AsyncCheckpointer:
         self._committer: Committer | None = None
         path, fs = Path(os.fsdecode(root)).absolute(), Filesystem()
         with ExitStack() as undo:  # what was begun, should the rest fail
-            if not read_only:
-                prepare_root(path, fs)
-                self._lease = RootLease.acquire(path, owner=self._incarnation, heartbeat_s=HEARTBEAT_S)
-                undo.callback(self._lease.release)
+            self._ranks = ranks_of(
+                store, rank, world_size, str(path), timeout_s=fence_timeout_s, silence_s=rank_timeout_s
+            )
+            undo.callback(self._ranks.close)
+            if not self._ranks.alone and when_busy == "skip":
+                raise OptionError('when_busy: several ranks would not skip the same saves; use "wait"')
+            planner = planner_for(layout, self._ranks.rank, self._ranks.world_size)
+
+            def begin() -> dict[str, Any]:  # on the first rank alone
+                incarnation = new_incarnation()
+                if not read_only:
+                    prepare_root(path, fs)
+                    self._lease = RootLease.acquire(path, owner=incarnation, heartbeat_s=HEARTBEAT_S)
+                    undo.callback(self._lease.release)
+                root = CheckpointRoot(path, layout_named(layout), fs)
+                if not read_only:
+                    root.sweep(incarnation)
+                return {"incarnation": incarnation}
+
+            self._incarnation = self._ranks.begin(begin)["incarnation"]
             self._root = CheckpointRoot(path, layout_named(layout), fs)
-            self._loader = Loader(self._root, self._state)
-            if self._lease is None:
+            self._loader = Loader(self._root, self._state, self._ranks)
+            if read_only:
+                undo.pop_all()
                 return
-            self._root.sweep(self._incarnation)
             if host_memory is None:
                 host_memory = memory.default_host_memory_bytes(model, optimizer is not None)
-            self._planner = planner_for(layout)
+            self._planner = planner
             self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
             undo.callback(self._stager.close)
             self._stager.use_devices(self._state.devices())
@@ -182,7 +210,12 @@ class AsyncCheckpointer:
             )
             undo.callback(self._fence.remove)
             self._committer = Committer(
-                self._root, self._lease, (keep_last, keep_every), self._note_failure, fence_timeout_s
+                self._root,
+                self._lease,
+                (keep_last, keep_every),
+                self._note_failure,
+                fence_timeout_s,
+                self._ranks,
             )
             undo.pop_all()
         atexit.register(self._at_exit)
@@ -209,31 +242,59 @@ class AsyncCheckpointer:
         """
         self._check_usable()
         self._check_capture()
-        save = Save(options.as_step(step), self._on_phase)
+        step = options.as_step(step)
         if self._committer is None:
             raise RootError("this checkpointer is read_only")
         if self._loader.must_load is not None:
             raise LoadError(f"save() is refused until a load succeeds: {self._loader.must_load}")
         with self._lock:
             self._check_usable()  # another thread may have closed it meanwhile
+            self._calls += 1
+            save = Save(step, self._on_phase, self._calls)
             self._decide_released()
-            self._raise_failures()
-            self._check_step(save.step)
-            if not self._make_room(save):
-                return SaveHandle(save, self._settle)
-            self._raise_failures()
+            if self._ranks.alone:
+                self._raise_failures()
+                self._check_step(save.step)
             try:
+                if not self._make_room(save):
+                    return SaveHandle(save, self._settle)
+            except SaveTimeoutError as error:
+                self._abstain(save, error, self._committer)
+                raise
+            self._raise_failures(self._heard_everywhere(save))
+            try:
+                if not self._ranks.alone:
+                    self._check_step(save.step)
                 save.metadata = checked_metadata(metadata or {})
                 self._begin(save, self._committer)
-            except (WriteError, DeviceError) as error:
-                if self._on_error == "raise":
+            except BaseException as error:
+                self._abstain(save, error, self._committer)
+                if self._on_error == "raise" or not isinstance(error, (WriteError, DeviceError)):
                     raise
-                save.fail(error)
-                self._note_failure(save)
-                save.finish()
+                if self._ranks.alone:
+                    save.fail(error)
+                    self._note_failure(save)
+                    save.finish()
             finally:
                 save.report.blocked_s += save.elapsed_s()
         return SaveHandle(save, self._settle)
+
+    def _heard_everywhere(self, save: Save) -> int | None:
+        """The last call of save() whose outcome every rank knows by now; None: whatever is known here.
+
+        What one rank knows a moment before another must not be raised there: the other would go on into a
+        collective and wait.
+        """
+        return None if self._ranks.alone else save.call - self._max_in_flight
+
+    def _abstain(self, save: Save, error: BaseException, committer: Committer) -> None:
+        """The other ranks wait for what this one has to say of its save, in the order of all saves."""
+        if not self._ranks.alone and save.attempt is None:
+            failure = (
+                error if isinstance(error, CheckpointError) else SaveError(f"step {save.step}: {error!r}")
+            )
+            save.fail(failure)
+            committer.take(save)
 
     def _begin(self, save: Save, committer: Committer) -> None:
         model = self._state.model
@@ -255,9 +316,10 @@ class AsyncCheckpointer:
             for name, kind in planned.plan.untrusted:
                 _log.warning("%s holds a %s: loading it will need trusted=True", name, kind)
         save.report.replanned = planned.replanned
-        self._saves_begun += 1
         directories = planned.plan.directories()
-        attempt = self._root.begin(save.step, attempt_id(self._incarnation, self._saves_begun), directories)
+        attempt = self._root.begin(
+            save.step, attempt_id(self._incarnation, save.call), directories, shared=not self._ranks.alone
+        )
         try:
             save.submitting_s = save.elapsed_s()
             save.attempt = attempt
@@ -268,7 +330,9 @@ class AsyncCheckpointer:
         except BaseException:
             if save.snapshot is not None:  # interrupted: nobody else will end it
                 save.snapshot.abort()
-            self._root.discard(attempt)
+            save.snapshot = save.attempt = None
+            if self._ranks.is_first:
+                self._root.discard(attempt)
             raise
 
     def _check_step(self, step: int) -> None:
@@ -420,10 +484,12 @@ class AsyncCheckpointer:
             with self._failed_lock:
                 self._failed.append(save)
 
-    def _raise_failures(self) -> None:
+    def _raise_failures(self, last_call: int | None = None) -> None:
+        """Raise what failed, up to a call of save()."""
         with self._failed_lock:
-            failed = [save for save in self._failed if not save.heard]
-            self._failed.clear()
+            due = [save for save in self._failed if last_call is None or save.call <= last_call]
+            self._failed = [save for save in self._failed if save not in due]
+            failed = [save for save in due if not save.heard]
         if not failed:
             return
         for save in failed:
@@ -515,6 +581,7 @@ class AsyncCheckpointer:
             self._stager.close()
             if self._lease is not None:
                 self._lease.release()
+            self._ranks.close()
             atexit.unregister(self._at_exit)
 
     def __enter__(self) -> AsyncCheckpointer:

@@ -215,8 +215,13 @@ class CheckpointRoot(RootView):
 
     # -- one attempt
 
-    def begin(self, step: int, attempt: str, directories: Iterable[str] = ()) -> Attempt:
+    def begin(
+        self, step: int, attempt: str, directories: Iterable[str] = (), *, shared: bool = False
+    ) -> Attempt:
         """Create the hidden directory of an attempt, with `directories` below it.
+
+        Args:
+            shared: several ranks write into it; whoever comes first creates it.
 
         Raises:
             WriteError: the operating system refused; nothing is left behind.
@@ -232,11 +237,14 @@ class CheckpointRoot(RootView):
                 directory = directory.parent
         begun = Attempt(attempt, step, path, tuple(sorted(below)))  # sorted: parents come first
         try:
-            self._fs.mkdir(path)
-            for directory in begun.directories:
-                self._fs.mkdir(directory)
+            for directory in (path, *begun.directories):
+                if shared:
+                    _ensure_directory(directory, self._fs)
+                else:
+                    self._fs.mkdir(directory)
         except BaseException:
-            self.discard(begun)
+            if not shared:
+                self.discard(begun)
             raise
         return begun
 
@@ -259,6 +267,24 @@ class CheckpointRoot(RootView):
         data = Fragment(attempt.id, rank, tuple(files)).to_bytes()
         self._fs.write_file(attempt.path / name, data)
         return FragmentRef(name, len(data), zlib.crc32(data))
+
+    def write_metadata(self, attempt: Attempt, path: str, data: bytes, block_nbytes: int) -> FileEntry:
+        """Add a file that could only be made when all ranks had written; its entry for the fragment."""
+        self._fs.write_file(attempt.path / check_path(path), data)
+        blocks = range(0, len(data), block_nbytes)
+        crcs = tuple(zlib.crc32(data[begin : begin + block_nbytes]) for begin in blocks)
+        return FileEntry(path, len(data), block_nbytes, crcs)
+
+    def settle_part(self, attempt: Attempt) -> None:
+        """Make the names of what this rank wrote durable; the first rank's publish does so for its own."""
+        for directory in (*reversed(attempt.directories), attempt.path):
+            self._fs.fsync_dir(directory)
+
+    def note_published(self, step: int) -> None:
+        """Another rank has published `step` of this timeline."""
+        with self._lock:
+            self._newest = step
+            self._ceiling = None
 
     def publish(
         self,
@@ -321,8 +347,7 @@ class CheckpointRoot(RootView):
         self._fs.write_file(attempt.path / MANIFEST_NAME, manifest.to_bytes())
         if self._tracker is not None:
             self._fs.write_file(self._staged_tracker(attempt), self.layout.tracker_bytes(attempt.step))
-        for directory in (*reversed(attempt.directories), attempt.path):
-            self._fs.fsync_dir(directory)
+        self.settle_part(attempt)
 
     def _settle(self) -> None:
         # An earlier publish could not fsync the root after its rename. Before more is built on

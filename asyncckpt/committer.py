@@ -1,11 +1,14 @@
 """The thread that turns written snapshots into visible steps, one at a time, in order; and the
 heartbeat of the lease beside it, which nothing holds up.
 
-    written and fenced -> fragment, manifest -> lease still ours -> rename -> tracker -> retention
+    written and fenced -> fragment -> ballot                    every rank
+    all ballots -> .metadata, manifest -> lease still ours -> rename -> tracker -> retention    rank 0
+    outcome                                                     every rank
 
 Guarantees:
 - A save ends, durable or failed, whatever happens to it; whoever waits for it is woken.
 - A save that nobody fenced is never committed.
+- Every save() that was called gets a ballot, also if it failed at once: no rank waits for one in vain.
 """
 
 from __future__ import annotations
@@ -15,10 +18,15 @@ import queue
 import threading
 from collections.abc import Callable
 
-from .commit import CheckpointRoot
-from .errors import CheckpointError, RootError, SaveError
+from .commit import Attempt, CheckpointRoot
+from .errors import CheckpointError, RankError, RootError, SaveError
+from .formats.distcp import merged_metadata
+from .formats.manifest import FileEntry, FragmentRef
 from .inflight import Save
+from .layouts.dcp import METADATA_PATH
 from .lease import RootLease
+from .ranks import Ballot, Outcome, Ranks, digest
+from .snapshot import Snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +37,7 @@ class Committer:
     """Commits saves in the background.
 
     Args:
+        lease: None on all ranks but the first.
         keep: keep_last and keep_every of retention.
         on_failure: told of a save that failed, before anybody who waits for it is woken.
         release_timeout_s: how long a failed save is given to let go of training's memory.
@@ -37,13 +46,17 @@ class Committer:
     def __init__(
         self,
         root: CheckpointRoot,
-        lease: RootLease,
+        lease: RootLease | None,
         keep: tuple[int | None, int | None],
         on_failure: Callable[[Save], None],
         release_timeout_s: float,
+        ranks: Ranks,
     ) -> None:
         self._root = root
         self._lease = lease
+        self._ranks = ranks
+        self._metadata: tuple[list[bytes], bytes] = ([], b"")  # the last .metadata, and what it was made of
+        self._said_different = False
         self._keep = keep
         self._on_failure = on_failure
         self._release_timeout_s = release_timeout_s
@@ -68,7 +81,7 @@ class Committer:
         return self._in_flight
 
     def take(self, save: Save) -> None:
-        """Finish `save`, whose snapshot has begun."""
+        """Finish `save`, whose snapshot has begun; or, if it has failed already, tell the other ranks."""
         with self._lock:
             self._in_flight = [*self._in_flight, save]
         self._queue.put(save)
@@ -83,7 +96,8 @@ class Committer:
     def _beat(self) -> None:
         while not self._stopped.wait(HEARTBEAT_S):
             try:
-                self._lease.renew()
+                if self._lease is not None:
+                    self._lease.renew()
             except Exception as error:  # noqa: BLE001 -- the heart goes on; the check before a publish decides
                 _log.warning("the lease was not renewed: %s", error)
 
@@ -101,7 +115,57 @@ class Committer:
                 self._end(save)
 
     def _commit(self, save: Save) -> None:
-        snapshot, attempt = save.begun()
+        try:
+            files = self._written(save)
+        except BaseException as error:
+            self._give_up(save, error)
+            raise
+        if self._ranks.is_first:
+            self._publish(save, files)
+        else:
+            self._take_part(save, files)
+
+    def _written(self, save: Save) -> tuple[FileEntry, ...]:
+        """What was written, once all of it is fsynced and known to be whole."""
+        if save.error is not None and save.snapshot is None:
+            raise save.error
+        snapshot, _ = save.begun()
+        snapshot.wait_released(float("inf"))
+        if save.checked.is_set():
+            snapshot.let_go()
+        snapshot.wait_written()
+        save.note_written(snapshot)
+        self._warn_once(snapshot)
+        save.checked.wait()
+        if save.error is not None:
+            raise save.error
+        save.mark("checked")
+        return snapshot.files()
+
+    def _warn_once(self, snapshot: Snapshot) -> None:
+        if not snapshot.direct and not self._said_buffered:
+            self._said_buffered = True
+            _log.warning("%s: no O_DIRECT here; files are written through the page cache", self._root.path)
+        if snapshot.pin_failure and not self._said_unpinned:
+            self._said_unpinned = True
+            _log.warning("host_memory is not pinned, copies from devices are slow: %s", snapshot.pin_failure)
+
+    def _give_up(self, save: Save, error: BaseException) -> None:
+        """Tell the other ranks, and leave nothing behind that is ours to remove."""
+        if self._ranks.is_first:
+            self._announce(save, f"rank 0: {error}")
+            if save.attempt is not None:
+                self._root.discard(save.attempt)
+            return
+        try:
+            self._ranks.vote(save.call, Ballot(self._ranks.rank, save.step, str(error)))
+        except RankError as silent:
+            _log.warning("the other ranks could not be told: %s", silent)
+
+    # -- rank 0
+
+    def _publish(self, save: Save, files: tuple[FileEntry, ...]) -> None:
+        _, attempt = save.begun()
         visible = False
 
         def mark(phase: str) -> None:
@@ -112,40 +176,101 @@ class Committer:
                 self._check_lease(save)  # the last look: a suspended process may have lost it meanwhile
 
         try:
-            snapshot.wait_released(float("inf"))
-            if save.checked.is_set():
-                snapshot.let_go()
-            snapshot.wait_written()
-            save.note_written(snapshot)
-            if not snapshot.direct and not self._said_buffered:
-                self._said_buffered = True
-                _log.warning(
-                    "%s: no O_DIRECT here; files are written through the page cache", self._root.path
-                )
-            if snapshot.pin_failure and not self._said_unpinned:
-                self._said_unpinned = True
-                _log.warning(
-                    "host_memory is not pinned, copies from devices are slow: %s",
-                    snapshot.pin_failure,
-                )
-            save.checked.wait()
-            if save.error is not None:
-                raise save.error
-            save.mark("checked")
-            fragment = self._root.write_fragment(attempt, 0, snapshot.files())
-            self._root.publish(attempt, [fragment], metadata=save.metadata, on_phase=mark)
+            fragments = self._fragments(save, attempt, files)
+            self._root.publish(
+                attempt,
+                fragments,
+                world_size=self._ranks.world_size,
+                metadata=save.metadata,
+                on_phase=mark,
+            )
             save.report.durable_s = save.elapsed_s()
-        except BaseException:
+        except BaseException as error:
             if not visible:
                 self._root.discard(attempt)
+            self._announce(save, str(error))
             raise
+        self._announce(save, None)
         try:
             if self._root.retain(*self._keep):
                 save.mark("retained")
         except CheckpointError as error:
             _log.warning("older steps could not be removed, the next save tries again: %s", error)
 
+    def _announce(self, save: Save, error: str | None) -> None:
+        try:
+            self._ranks.announce(save.call, Outcome(error))
+        except RankError as silent:  # they will find out by themselves
+            _log.warning("the other ranks could not be told: %s", silent)
+
+    def _fragments(self, save: Save, attempt: Attempt, files: tuple[FileEntry, ...]) -> list[FragmentRef]:
+        """Of all ranks, ours last written: it lists the `.metadata` that describes them all."""
+        if self._ranks.alone:
+            return [self._root.write_fragment(attempt, 0, files)]
+        own = self._ballot(save)
+        ballots = self._ranks.collect(save.call, own)
+        save.mark("voted")
+        self._warn_of_differences(save, ballots)
+        layouts = self._ranks.layouts(ballots, save.begun()[0].plan.layout)
+        if layouts != self._metadata[0]:
+            self._metadata = (layouts, merged_metadata(layouts))
+        block_nbytes = files[0].block_nbytes
+        entry = self._root.write_metadata(attempt, METADATA_PATH, self._metadata[1], block_nbytes)
+        first = self._root.write_fragment(attempt, 0, (*files, entry))
+        return [first, *(ballot.fragment for ballot in ballots[1:] if ballot.fragment is not None)]
+
+    def _warn_of_differences(self, save: Save, ballots: list[Ballot]) -> None:
+        """Python leaves are saved once. What differs is most likely a rank's own."""
+        if self._said_different:
+            return
+        names = save.begun()[0].plan.names
+        for ballot in ballots[1:]:
+            for name, here, there in zip(names, ballots[0].pickles, ballot.pickles, strict=False):
+                if here != there:
+                    self._said_different = True
+                    _log.warning(
+                        "%s is not the same on rank %d as on rank 0, whose is saved; hand over in per_rank "
+                        "what is a rank's own",
+                        name,
+                        ballot.rank,
+                    )
+                    return
+
+    # -- the others
+
+    def _take_part(self, save: Save, files: tuple[FileEntry, ...]) -> None:
+        _, attempt = save.begun()
+        try:
+            fragment = self._root.write_fragment(attempt, self._ranks.rank, files)
+            self._root.settle_part(attempt)
+            ballot = self._ballot(save, fragment)
+            self._ranks.say_layout(ballot.layout, save.begun()[0].plan.layout)
+        except BaseException as error:
+            self._give_up(save, error)
+            raise
+        self._ranks.vote(save.call, ballot)
+        save.mark("voted")
+        outcome = self._ranks.outcome(save.call)
+        if outcome.error is not None:
+            raise RankError(f"step {save.step} was not saved: {outcome.error}")
+        self._root.note_published(save.step)
+        save.report.durable_s = save.elapsed_s()
+        save.mark("durable")
+
+    def _ballot(self, save: Save, fragment: FragmentRef | None = None) -> Ballot:
+        snapshot, _ = save.begun()
+        return Ballot(
+            rank=self._ranks.rank,
+            step=save.step,
+            fragment=fragment,
+            groups=snapshot.plan.groups,
+            layout=digest(snapshot.plan.layout),
+            pickles=snapshot.shared_crcs,
+        )
+
     def _check_lease(self, save: Save) -> None:
+        if self._lease is None:
+            return
         try:
             self._lease.check()
         except RootError as error:
@@ -155,7 +280,8 @@ class Committer:
         try:
             if save.error is not None:
                 # The engine may still be looking at the memory that the save holds.
-                save.begun()[0].wait_released(self._release_timeout_s)
+                if save.snapshot is not None:
+                    save.snapshot.wait_released(self._release_timeout_s)
                 self._on_failure(save)
         finally:
             with self._lock:

@@ -26,11 +26,13 @@ class Save:
         checked: set once the training thread has decided that nothing was torn, or that something was.
         done: set at the very end, durable or failed.
         heard: somebody was told of the error.
+        call: the how-manieth call of save() it is; the same on every rank.
         thread: that called save(); the one whose word on torn tensors counts.
     """
 
-    def __init__(self, step: int, observer: PhaseObserver | None) -> None:
+    def __init__(self, step: int, observer: PhaseObserver | None, call: int = 0) -> None:
         self.report = SaveReport(step)
+        self.call = call
         self.snapshot: Snapshot | None = None
         self.attempt: Attempt | None = None
         self.metadata: dict[str, object] = {}

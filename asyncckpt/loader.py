@@ -6,25 +6,39 @@ Guarantees:
 - Until the verified pass begins, nothing live has changed: a step that does not fit leaves no trace.
 - Schedulers, samplers and generators are only touched after every byte was found good.
 - If a load does not finish, `must_load` says why: the live tensors may be half overwritten.
+- Of several ranks, all load the same step, or none does: each says how it went, twice, before anything live
+  changes and after it read its part.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import restore
 from .commit import CheckpointRoot
-from .errors import CorruptStepError, LoadError, MismatchError, NoIntactStepError, StepNotFoundError
+from .errors import (
+    CorruptStepError,
+    LoadError,
+    MismatchError,
+    NoIntactStepError,
+    RankError,
+    StepNotFoundError,
+)
+from .formats.manifest import FileEntry
+from .ranks import Ranks
 from .state import TrainingState
 from .steps import StepEntry
-from .tree import Matching
+from .tree import OWN_SECTIONS, Matching
 
 _log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,8 @@ class Resume:
         passed_over: newer steps that were not good, and why.
         seconds: the load took.
         metadata: what save() was given.
+        left: sections that are a rank's own (generators, sampler), left as they are because another number of
+            ranks saved the step.
     """
 
     step: int
@@ -46,9 +62,14 @@ class Resume:
     passed_over: tuple[str, ...]
     seconds: float
     metadata: Mapping[str, Any]
+    left: tuple[str, ...] = ()
 
 
 _LISTINGS = 3  # in a row without a step to try, before we believe that there is none
+
+
+_DAMAGED = "damaged: "  # a rank's word for a step that may be passed over
+_FAILED = "failed: "  # and for what ends the load
 
 
 def _attempt_of(entry: StepEntry) -> tuple[int, str]:
@@ -62,28 +83,46 @@ class Loader:
         must_load: why the live state is not to be trusted until a load succeeds; None if it is.
     """
 
-    def __init__(self, root: CheckpointRoot, state: TrainingState) -> None:
+    def __init__(self, root: CheckpointRoot, state: TrainingState, ranks: Ranks) -> None:
         self._root = root
         self._state = state
+        self._ranks = ranks
         self.must_load: str | None = None
 
     def latest(self, strict: bool, trusted: bool) -> Resume | None:
         """See `AsyncCheckpointer.load_latest`."""
         passed_over: list[str] = []
         tried: set[tuple[int, str]] = set()
-        while (entry := self._next(tried)) is not None:
-            tried.add(_attempt_of(entry))
+        while True:
+            chosen = self._ranks.choose(lambda: self._choose(tried, passed_over))
+            if chosen["bad"] is not None:
+                self.must_load = f"no step under {self._root.path} is good"
+                raise NoIntactStepError(chosen["bad"])
+            if chosen["step"] is None:
+                return None
+            step, attempt = chosen["step"], chosen["attempt"]
+            tried.add((step, attempt))
+
+            def find(step: int = step, attempt: str = attempt) -> StepEntry:
+                return self._find(step, attempt)
+
             try:
-                return self._load(entry, strict, trusted, tuple(passed_over))
+                return self._load(find, strict, trusted, tuple(passed_over))
             except (CorruptStepError, StepNotFoundError) as error:
-                _log.warning("step %d is passed over: %s", entry.step, error)
-                passed_over.append(f"step {entry.step}: {error}")
+                _log.warning("step %d is passed over: %s", step, error)
+                passed_over.append(f"step {step}: {error}")
+
+    def _choose(self, tried: set[tuple[int, str]], passed_over: list[str]) -> dict[str, Any]:
+        """The next step to try, or none, or why none is good; for all ranks."""
+        entry = self._next(tried)
+        if entry is not None:
+            step, attempt = _attempt_of(entry)
+            return {"step": step, "attempt": attempt, "bad": None}
         if not tried and not self._root.ever_committed():
             self._root.refuse_other_layout()
-            return None
+            return {"step": None, "bad": None}
         reasons = "\n  ".join(passed_over) or "all were abandoned or removed"
-        self.must_load = f"no step under {self._root.path} is good"
-        raise NoIntactStepError(f"no step under {self._root.path} is good:\n  {reasons}")
+        return {"step": None, "bad": f"no step under {self._root.path} is good:\n  {reasons}"}
 
     def _next(self, tried: set[tuple[int, str]]) -> StepEntry | None:
         """The best step not tried yet. The root is listed anew each time: retention of the run that owns it
@@ -94,49 +133,127 @@ class Loader:
                     return entry
         return None
 
+    def _find(self, step: int, attempt: str) -> StepEntry:
+        """The step that was chosen, if this rank sees the same one."""
+        entry = self._root.find(step)
+        if _attempt_of(entry) != (step, attempt):
+            raise StepNotFoundError(f"{entry.path} is another save than the one that was chosen")
+        return entry
+
     def step(self, step: int, strict: bool, trusted: bool, verify_first: bool) -> Resume:
         """See `AsyncCheckpointer.load`."""
-        return self._load(self._root.find(step), strict, trusted, (), verify_first)
+        chosen = self._ranks.choose(lambda: {"step": step})["step"]
+
+        def find() -> StepEntry:
+            if chosen != step:
+                raise RankError(f"rank {self._ranks.rank} loads step {step} where rank 0 loads step {chosen}")
+            return self._root.find(step)
+
+        return self._load(find, strict, trusted, (), verify_first)
 
     def _load(
         self,
-        entry: StepEntry,
+        find: Callable[[], StepEntry],
         strict: bool,
         trusted: bool,
         passed_over: tuple[str, ...],
         verify_first: bool = False,
     ) -> Resume:
         began_s = time.perf_counter()
-        if entry.too_new:
-            raise LoadError(f"{entry.problem}")
-        if entry.problem is not None:
-            raise CorruptStepError(str(entry.path), entry.problem)
-        listed = None
-        if not entry.foreign:
-            fragments = self._root.read_fragments(entry)
-            listed = {file.path: file for fragment in fragments for file in fragment.files}
-        with restore.StepFiles(entry.path, listed) as files:
-            matching = self._match(files, strict, trusted)
-            if verify_first:
-                restore.read_tensors(files, [], verify_only=True)
-            self.must_load = f"the load of step {entry.step} did not finish"
-            restore.read_tensors(files, matching.reads)
+        with ExitStack() as opened:
+
+            def prepare() -> tuple[StepEntry, restore.StepFiles, tuple[str, ...], Matching]:
+                entry = find()
+                files = opened.enter_context(restore.StepFiles(entry.path, self._listed(entry)))
+                left = self._left(entry)
+                matching = self._match(files, entry, left, strict, trusted)
+                if verify_first:
+                    restore.read_tensors(files, [], verify_only=True, share=self._share)
+                return entry, files, left, matching
+
+            entry, files, left, matching = self._together(prepare)
+
+            def read() -> None:
+                self.must_load = f"the load of step {entry.step} did not finish"
+                restore.read_tensors(files, matching.reads, share=self._share)
+
+            self._together(read)
         for action in matching.afterwards:
             action()
         self.must_load = None
         self._root.resume_from(entry.step)
         if entry.foreign:
             _log.warning("step %d was not written by asyncckpt: loaded unverified", entry.step)
+        if left:
+            _log.warning("%s: left as it is, since another number of ranks saved it", ", ".join(left))
         metadata = entry.manifest.metadata if entry.manifest is not None else {}
         seconds = time.perf_counter() - began_s
-        return Resume(entry.step, entry.path, not entry.foreign, passed_over, seconds, metadata)
+        return Resume(entry.step, entry.path, not entry.foreign, passed_over, seconds, metadata, left)
 
-    def _match(self, files: restore.StepFiles, strict: bool, trusted: bool) -> Matching:
+    @property
+    def _share(self) -> tuple[int, int]:
+        return self._ranks.rank, self._ranks.world_size
+
+    def _together(self, act: Callable[[], _Result]) -> _Result:
+        """Do this rank's part of something, and return once all ranks did theirs.
+
+        Raises what `act` raised, if that is as grave as what other ranks have to say; else their worst.
+        """
+        try:
+            result = act()
+            failure: Exception | None = None
+        except Exception as error:
+            if self._ranks.alone:
+                raise
+            failure = error
+        passable = isinstance(failure, (CorruptStepError, StepNotFoundError))
+        word = "" if failure is None else f"{_DAMAGED if passable else _FAILED}{failure}"
+        said = self._ranks.all_say(word)
+        if not any(said):
+            return result
+        grave = _FAILED if any(word.startswith(_FAILED) for word in said) else _DAMAGED
+        if failure is not None and word.startswith(grave):
+            raise failure
+        rank = next(rank for rank, other in enumerate(said) if other.startswith(grave))
+        text = said[rank].removeprefix(grave)
+        if grave == _DAMAGED:
+            raise CorruptStepError(str(self._root.path), f"on rank {rank}: {text}") from failure
+        raise RankError(f"rank {rank} could not load: {text}") from failure
+
+    def _listed(self, entry: StepEntry) -> dict[str, FileEntry] | None:
+        """What the files of a step must be; None where nobody says."""
+        if entry.too_new:
+            raise LoadError(f"{entry.problem}")
+        if entry.problem is not None:
+            raise CorruptStepError(str(entry.path), entry.problem)
+        if entry.foreign:
+            return None
+        fragments = self._root.read_fragments(entry)
+        return {file.path: file for fragment in fragments for file in fragment.files}
+
+    def _left(self, entry: StepEntry) -> tuple[str, ...]:
+        """Sections that the ranks which saved it cannot give to those that are here."""
+        if entry.manifest is None or entry.manifest.world_size == self._ranks.world_size:
+            return ()
+        return tuple(name for name in OWN_SECTIONS if name in self._state.sections)
+
+    def _match(
+        self,
+        files: restore.StepFiles,
+        entry: StepEntry,
+        left: tuple[str, ...],
+        strict: bool,
+        trusted: bool,
+    ) -> Matching:
         """What goes where; nothing is changed yet."""
         try:
             tree = restore.read_tree(files, self._root.layout.name, trusted=trusted)
+            if entry.manifest is not None and entry.manifest.world_size == self._ranks.world_size > 1:
+                tree.update(restore.read_own(files, self._ranks.rank, trusted=trusted))
+            tree = {name: branch for name, branch in tree.items() if name not in left}
             restore.refuse_inert(tree, tuple(self._state.sections))
             matching = self._state.match(tree)
+            matching.missing_sections = [name for name in matching.missing_sections if name not in left]
         except Exception as error:
             # Damaged bytes can look like anything. Checksums know better than parsers.
             damage = restore.find_damage(files)

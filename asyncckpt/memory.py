@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch.nn.parameter import is_lazy
 
+from .shards import local_of
+
 _FLOOR_NBYTES = 64 << 20
 _STATE_PER_MODEL = 4  # weights, two moments of Adam, and room; a state that is larger streams through
 
@@ -20,7 +22,7 @@ def default_host_memory_bytes(model: object, optimized: bool) -> int:
     model_nbytes = 0
     if isinstance(model, torch.nn.Module):
         tensors = (t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t))
-        model_nbytes = sum(t.numel() * t.element_size() for t in tensors)
+        model_nbytes = sum(t.numel() * t.element_size() for t in map(local_of, tensors))
     wanted = _FLOOR_NBYTES + model_nbytes * (_STATE_PER_MODEL if optimized else 1)
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
     ranks = max(1, int(told)) if told.isdigit() else 1

@@ -15,8 +15,10 @@ Guarantees:
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import logging
 import queue
 import threading
 import time
@@ -25,13 +27,18 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, TypeVar
 
+import torch.distributed
+
 from .errors import OptionError, RankError
 from .formats.manifest import FragmentRef
+
+_log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
 _POLL_S = (0.001, 0.05)  # the first pause, and the longest: a vote takes as long as the slowest disk
 _LOOK_AROUND_S = 2.0  # how often those who are waited for are asked for signs of life
+_BEATS_PER_SILENCE = 6
 _CALL_TIMEOUT_S = 30.0  # a store that answers no single call for so long is gone
 _VALUE_NBYTES_MAX = 4 << 20  # TCPStore refuses values of more than 8 MiB
 
@@ -129,6 +136,8 @@ class StoreClient:
     def close(self) -> None:
         """End the thread, unless it hangs in a call."""
         self._calls.put(None)
+        if self._broken is None:
+            self._thread.join(_CALL_TIMEOUT_S)
 
     def set(self, key: str, value: bytes) -> None:
         self._call(lambda store: store.set(self._prefix + key, value))
@@ -231,8 +240,8 @@ class Ranks:
         timeout_s: how long a rank that is alive may take for its part of anything.
         silence_s: a rank that shows no sign of life for so long is taken for dead.
 
-    `beat()` must be called every few seconds while a save is in flight. `vote`, `collect` and the like belong
-    to one thread at a time.
+    From `begin` to `close` a thread gives signs of life. What belongs to saves is for one thread at a time;
+    so is what belongs to loads.
     """
 
     def __init__(
@@ -247,8 +256,13 @@ class Ranks:
         self._timeout_s = timeout_s
         self._silence_s = silence_s
         self._client = StoreClient(store, f"asyncckpt/{name}/") if world_size > 1 else None
+        # A thread that is inside the store when the interpreter goes takes the process down with it.
+        atexit.register(self.close)
         self._run = "-"  # the incarnation, once it is agreed on
         self._beats = 0
+        self._said = 0  # by rank 0, to each of the others
+        self._closed = threading.Event()
+        self._heart: threading.Thread | None = None
         self._layouts: dict[int, tuple[str, bytes]] = {}  # rank 0: of each rank, by digest
         self._layout_said = ""
         self._loads = 0
@@ -264,9 +278,28 @@ class Ranks:
         return self.rank == 0
 
     def close(self) -> None:
-        """Leave."""
+        """Leave. Rank 0, in whose process the store may live, first lets the others hear its last words."""
+        if self._client is not None and self.is_first and self._said:
+            try:
+                self._await_heard(self._client)
+            except RankError as silent:
+                _log.warning("left before all ranks had heard how it ended: %s", silent)
+        atexit.unregister(self.close)
+        self._closed.set()
+        if self._heart is not None:
+            self._heart.join(_CALL_TIMEOUT_S)
         if self._client is not None:
             self._client.close()
+
+    def _await_heard(self, client: StoreClient) -> None:
+        deadline = _Deadline(self._silence_s)
+        while (heard := client.add(f"{self._run}/heard", 0)) < self._said * (self.world_size - 1):
+            if not deadline.pause():
+                raise RankError(f"{self._said * (self.world_size - 1) - heard} words were not heard")
+
+    def _hear(self) -> None:
+        if self._client is not None:
+            self._client.add(f"{self._run}/heard", 1)
 
     # -- beginning
 
@@ -297,24 +330,31 @@ class Ranks:
             if "error" in made:
                 raise RankError(f"rank 0 could not begin: {made['error']}")
         self._run = str(made["incarnation"])
-        self.beat()
+        self._heart = threading.Thread(target=self._beat_on, name="asyncckpt-rank", daemon=True)
+        self._heart.start()
         return dict(made)
 
-    def beat(self) -> None:
-        """Show that this process lives."""
-        if self._client is not None:
+    def _beat_on(self) -> None:
+        assert self._client is not None
+        while True:
             self._beats += 1
-            self._client.set(f"{self._run}/beat/{self.rank}", str(self._beats).encode())
+            try:
+                self._client.set(f"{self._run}/beat/{self.rank}", str(self._beats).encode())
+            except RankError:
+                return  # whoever needs the store will hear of it
+            if self._closed.wait(self._silence_s / _BEATS_PER_SILENCE):
+                return
 
     # -- a save
 
     def vote(self, save: int, ballot: Ballot) -> None:
-        """Say how this rank's part of its `save`-th save went."""
-        if self._client is not None:
+        """Say how this rank's part of its `save`-th save went. Rank 0 knows its own."""
+        if self._client is not None and not self.is_first:
             self._client.set(f"{self._run}/{save}/ballot/{self.rank}", ballot.to_bytes())
-            self._client.add(f"{self._run}/{save}/voted", 1)
             if ballot.error is not None:
                 self._client.set(f"{self._run}/{save}/failed", str(self.rank).encode())
+                self._hear()  # whatever the others make of it
+            self._client.add(f"{self._run}/{save}/voted", 1)  # last: when all have voted, all is there
 
     def say_layout(self, name: str, layout: bytes) -> None:
         """Tell rank 0 where this rank's items lie, unless it knows; `name` is the digest. Before the vote."""
@@ -334,7 +374,7 @@ class Ranks:
         deadline = _Deadline(self._timeout_s)
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         watch = _Watch(self, others)
-        while client.add(f"{key}/voted", 0) < self.world_size:
+        while client.add(f"{key}/voted", 0) < len(others):
             if client.has(f"{key}/failed"):
                 break
             silent = watch.silent(lambda: self._without(f"{key}/ballot", others))
@@ -372,6 +412,7 @@ class Ranks:
         if self._client is None:
             return
         self._client.set(f"{self._run}/{save}/outcome", outcome.to_bytes())
+        self._said += 1
         # The outcome stays: a rank may come late to a save that another rank's failure has ended.
         ballots = [f"{self._run}/{save}/ballot/{rank}" for rank in range(self.world_size)]
         self._client.delete(*ballots, f"{self._run}/{save}/voted", f"{self._run}/{save}/failed")
@@ -385,7 +426,9 @@ class Ranks:
         assert self._client is not None
         key = f"{self._run}/{save}/outcome"
         self._await([key], [0], "to publish")
-        return Outcome.from_bytes(self._client.get(key))
+        outcome = Outcome.from_bytes(self._client.get(key))
+        self._hear()
+        return outcome
 
     # -- a load
 
@@ -399,17 +442,19 @@ class Ranks:
             return choose()
         self._loads += 1
         key = f"{self._run}/load/{self._loads}"
-        self.beat()
         if self.is_first:
             try:
                 chosen = choose()
             except BaseException as error:
                 self._client.set(key, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+                self._said += 1
                 raise
             self._client.set(key, json.dumps(chosen).encode())
+            self._said += 1
             return chosen
         self._await([key], [0], "to choose a step")
         chosen = dict(json.loads(self._client.get(key)))
+        self._hear()
         if "error" in chosen:
             raise RankError(f"rank 0: {chosen['error']}")
         return chosen
@@ -421,16 +466,18 @@ class Ranks:
         self._loads += 1
         key = f"{self._run}/load/{self._loads}"
         self._client.set(f"{key}/{self.rank}", word.encode())
-        self.beat()
         if self.is_first:
             keys = [f"{key}/{rank}" for rank in range(self.world_size)]
             self._await(keys, range(self.world_size), "to load")
             words = [data.decode() for data in self._client.get_all(keys)]
             self._client.put_large(f"{key}/all", json.dumps(words).encode())
+            self._said += 1
             return words
         self._await([f"{key}/all"], [0], "to sum up")
         pieces = int(self._client.get(f"{key}/all"))
-        return list(json.loads(b"".join(self._client.get(f"{key}/all/{i}") for i in range(pieces))))
+        words = json.loads(b"".join(self._client.get(f"{key}/all/{i}") for i in range(pieces)))
+        self._hear()
+        return list(words)
 
     # -- waiting
 
@@ -468,6 +515,29 @@ class Ranks:
         if keys and self._client.has(*keys):
             return self._client.get_all(keys)
         return [self._client.get(key) if self._client.has(key) else b"" for key in keys]
+
+
+def ranks_of(
+    store: Any, rank: int | None, world_size: int | None, root: str, *, timeout_s: float, silence_s: float
+) -> Ranks:
+    """The ranks that a caller means: those it names, else those of torch.distributed, else itself alone.
+
+    Raises:
+        OptionError: half of them is said.
+    """
+    if world_size == 1:
+        return Ranks(None, 0, 1, "", timeout_s, silence_s)
+    distributed = torch.distributed
+    if store is None and distributed.is_available() and distributed.is_initialized():
+        world_size = distributed.get_world_size() if world_size is None else world_size
+        rank = distributed.get_rank() if rank is None else rank
+        store = distributed.distributed_c10d._get_default_store()  # noqa: SLF001 -- there is no public way to it
+    elif store is None and rank is None and world_size is None:
+        return Ranks(None, 0, 1, "", timeout_s, silence_s)
+    if rank is None or world_size is None:
+        raise OptionError("store, rank and world_size belong together")
+    name = digest(root.encode())
+    return Ranks(store if world_size > 1 else None, rank, world_size, name, timeout_s, silence_s)
 
 
 class _Deadline:

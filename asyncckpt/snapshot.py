@@ -101,9 +101,15 @@ class Snapshot:
         self._devices = planned.used_devices()
         self._engine = engine
         self._plan: WritePlan = planned.plan
+        self.shared_crcs = planned.shared_crcs
         self._held: Any = planned
         self._guard = guard
         self._checksums = checksums
+
+    @property
+    def plan(self) -> WritePlan:
+        """What is written."""
+        return self._plan
 
     def changed(self) -> str | None:
         """See `Guard.changed`."""

@@ -58,14 +58,36 @@ class Section(Protocol):
         """Say where the stored branch goes."""
 
 
+def unwrapped(model: Any) -> Any:
+    """The user's own module, without what torch wraps around it."""
+    while isinstance(model, torch.nn.Module):
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # noqa: SLF001 -- of torch.compile
+            model = model.get_submodule("_orig_mod")
+        else:
+            break
+    return model
+
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def own_name(key: str) -> str:
+    """A parameter's name as the user's module has it; what stock DCP calls its fully qualified name."""
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
+
+
 class ModelSection:
-    """A module's state_dict."""
+    """A module's state_dict, under its own names: what wraps a module inside it leaves no trace."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def capture(self) -> Any:
-        return self.model.state_dict()
+        return {own_name(key): value for key, value in self.model.state_dict().items()}
 
     def buffers(self) -> set[int]:
         """Addresses of the tensors that forward may change."""
@@ -74,7 +96,9 @@ class ModelSection:
         return {local_of(buffer).data_ptr() for buffer in self.model.buffers()}
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
-        live = self.model.state_dict()
+        theirs = self.model.state_dict()
+        names = {own_name(key): key for key in theirs}
+        live = {name: theirs[key] for name, key in names.items()}
         stored = _by_key(stored, live)
         own = None
         if isinstance(self.model, torch.nn.Module):
@@ -88,14 +112,14 @@ class ModelSection:
             elif isinstance(value, torch.Tensor) != isinstance(stored[key], StoredTensor):
                 matching.differences.append(f"{name}.{key}: a tensor on one side only")
             else:
-                rest[key] = matching.fresh(f"{name}.{key}", stored[key])
+                rest[names[key]] = matching.fresh(f"{name}.{key}", stored[key])
         matching.unexpected += [f"{name}.{key}" for key in stored if key not in live]
         if not isinstance(self.model, torch.nn.Module):
             matching.afterwards.append(lambda: self.model.load_state_dict(rest))
         elif _minds_loading(self.model):
             # Tensors are in place already; the module only hears of it, as it would from stock torch.
-            live.update(rest)
-            matching.afterwards.append(lambda: self.model.load_state_dict(live, strict=False))
+            theirs.update(rest)
+            matching.afterwards.append(lambda: self.model.load_state_dict(theirs, strict=False))
         elif rest:
             matching.afterwards.append(lambda: self.model.load_state_dict(rest, strict=False))
 
@@ -310,8 +334,9 @@ class ValueSection:
     not fit. See `arrays` for what is ordered and where arrays are not looked for.
     """
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], name: str = "extra") -> None:
         self.values = values
+        self._name = name
         self._array_devices: set[int] = set()  # of the last capture
 
     def capture(self) -> Any:
@@ -319,7 +344,7 @@ class ValueSection:
         return {
             key: v.state_dict()
             if isinstance(v, Stateful)
-            else arrays.as_tensors(f"extra.{key}", v, self._array_devices)
+            else arrays.as_tensors(f"{self._name}.{key}", v, self._array_devices)
             for key, v in self.values.items()
         }
 
@@ -439,8 +464,10 @@ class TrainingState:
         lr_scheduler: Any = None,
         dataloader: Any = None,
         extra: Any = None,
+        per_rank: Any = None,
         rng: bool = True,
     ) -> None:
+        model = unwrapped(model)
         self.sections: dict[str, Section] = {}
         self.capture_s: dict[str, float] = {}
         self.model = ModelSection(_stateful("model", model)) if model is not None else None
@@ -448,7 +475,7 @@ class TrainingState:
             self.sections["model"] = self.model
         names: dict[torch.Tensor, str] = {}
         if isinstance(model, torch.nn.Module):
-            names = {param: name for name, param in model.named_parameters()}
+            names = {param: own_name(name) for name, param in model.named_parameters()}
         self.optimizers: list[Any] = []
 
         def section(value: Any) -> Section:
@@ -461,10 +488,11 @@ class TrainingState:
         self._add("optimizer", optimizer, section)
         self._add("lr_scheduler", lr_scheduler, StatefulSection)
         self._add("dataloader", dataloader, StatefulSection)
-        if isinstance(extra, dict) and not isinstance(extra, Stateful):
-            self.sections["extra"] = ValueSection(extra)
-        else:
-            self._add("extra", extra, StatefulSection)
+        for name, values in (("extra", extra), ("per_rank", per_rank)):
+            if isinstance(values, dict) and not isinstance(values, Stateful):
+                self.sections[name] = ValueSection(values, name)
+            else:
+                self._add(name, values, StatefulSection)
         if not self.sections:
             raise OptionError("there is nothing to save: pass a model, an optimizer, or extra")
         if rng:
@@ -509,9 +537,10 @@ class TrainingState:
     def hold_back_arrays(self) -> None:
         """Let the streams on which CuPy works, where `extra` held arrays at the last capture, wait for what
         torch's current streams have now. The host does not wait."""
-        extra = self.sections.get("extra")
-        if isinstance(extra, ValueSection):
-            extra.hold_back_arrays()
+        for name in ("extra", "per_rank"):
+            section = self.sections.get(name)
+            if isinstance(section, ValueSection):
+                section.hold_back_arrays()
 
     def match(self, tree: Mapping[str, Any]) -> Matching:
         """Where everything in a stored tree goes. Changes nothing yet."""

@@ -532,7 +532,7 @@ def test_warn_takes_a_root_that_was_deleted(
 def test_warn_takes_a_save_that_cannot_begin(
     tmp_path: Path, model: nn.Linear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> Any:
+    def full(*args: Any, **options: Any) -> Any:
         raise WriteError("mkdir", str(tmp_path), errno.ENOSPC)
 
     with AsyncCheckpointer(tmp_path, model=model, on_error="warn") as checkpointer:
@@ -547,7 +547,7 @@ def test_warn_takes_a_save_that_cannot_begin(
 
 
 def test_raise_does_not_take_it(tmp_path: Path, model: nn.Linear, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> Any:
+    def full(*args: Any, **options: Any) -> Any:
         raise WriteError("mkdir", str(tmp_path), errno.ENOSPC)
 
     with AsyncCheckpointer(tmp_path, model=model) as checkpointer:

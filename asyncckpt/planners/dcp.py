@@ -103,7 +103,11 @@ class DcpPlanner(PlanCache):
             tuple(tuple(s.nbytes() for s in pickled.storages) for _, pickled in written),
         )
         served = self._serve(signature, [pickled for _, pickled in written])
-        plan = served or self._keep(self._lay_out(signature, leaves, tensors, unique, others, written))
+        if served is None:
+            plan, self._sources = self._lay_out(signature, leaves, tensors, unique, others, written)
+            self._keep(plan)
+        else:
+            plan = served
         spans = [(local_of(unique[s.item]), s.begin_nbytes, s.nbytes) for s in self._sources]
         return planned_with(plan, written, spans, served is None, crcs)
 
@@ -117,18 +121,18 @@ class DcpPlanner(PlanCache):
         unique: list[torch.Tensor],
         others: list[Leaf],
         written: list[tuple[str, Pickled]],
-    ) -> WritePlan:
+    ) -> tuple[WritePlan, list[_Source]]:
         names = [name for name, _ in written]
         slots = [slot_nbytes(len(pickled.data)) for _, pickled in written]
         called: dict[int, str] = {}  # items, by the first of their names
         for leaf, item, _ in tensors:
             called.setdefault(item, leaf.name)
         blocks = [self._blocks.of(called[item], tensor) for item, tensor in enumerate(unique)]
-        self._sources = _sources(unique, blocks, self._rank)
+        sources = _sources(unique, blocks, self._rank)
 
         builder = ImageBuilder(data_path(self._rank))
         placed: dict[int, list[tuple[distcp.ItemSpec, distcp.Span, tuple[int, ...]]]] = {}
-        for source in self._sources:
+        for source in sources:
             spec, offsets = _described(
                 called[source.item], unique[source.item], blocks[source.item], source.piece
             )
@@ -156,13 +160,14 @@ class DcpPlanner(PlanCache):
             metadata = ImageBuilder(METADATA_PATH)
             metadata.literal(distcp.metadata_bytes(entries, paths))
             images.append(metadata.build())
-            return WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature)
+            return WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature), sources
         own = ImageBuilder(own_path(self._rank))
         torch_zip.lay_out(own, torch_zip.stem_of(own.path), (len(slots) - 1, slots[-1]), numbers[-1])
         images.append(own.build())
         layout = distcp.pack_entries(entries, paths)
         groups = _groups(blocks, tensors, others)
-        return WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature, layout, groups)
+        plan = WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature, layout, groups)
+        return plan, sources
 
 
 def _placement(tensor: torch.Tensor) -> object:
@@ -222,7 +227,7 @@ def _storage_numbers(names: list[str], written: list[tuple[str, Pickled]]) -> li
 def _groups(
     blocks: Sequence[Block], tensors: Sequence[_Tensor], others: Sequence[Leaf]
 ) -> tuple[tuple[str, str], ...]:
-    """For each set of ranks that this one shares tensors with, a digest of those; python leaves are all ranks'."""
+    """For each set of ranks that this one shares tensors with, a digest of them."""
     seen: dict[str, Any] = {}
     for leaf, item, form in tensors:
         block = blocks[item]
