@@ -395,7 +395,8 @@ size_t Engine::take_buffer(const Job& job) {
   return buffer;
 }
 
-// Copies what the host has, and notes what to copy from devices.
+// Copies the host's sources, and notes what to copy from devices. Literals are left to the writers:
+// nobody waits for them, and a copy may run over their place until then.
 void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling) {
   const FileImage& image = *job.files_[chunk.file]->image;
   char* const buffer = arena_.chunk(chunk.buffer);
@@ -408,13 +409,11 @@ void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling) {
   for (; extent != image.extents.end() && extent->offset < end; ++extent) {
     const uint64_t from = std::max(begin, extent->offset);
     const uint64_t to = std::min(end, extent->offset + extent->nbytes);
-    Job::Piece piece{static_cast<size_t>(from - begin), static_cast<size_t>(to - from),
-                     extent->record, 0};
-    char* const target = buffer + piece.offset_in_chunk;
     const uint64_t source_offset = extent->source_offset + (from - extent->offset);
-    if (extent->source == kLiteral) {
-      std::memcpy(target, image.literals.data() + source_offset, piece.nbytes);
-    } else if (piece.nbytes > 0) {
+    Job::Piece piece{static_cast<size_t>(from - begin), static_cast<size_t>(to - from),
+                     extent->record, source_offset, 0};
+    char* const target = buffer + piece.offset_in_chunk;
+    if (extent->source != kLiteral && piece.nbytes > 0) {
       const Source& source = job.sources_[static_cast<size_t>(extent->source)];
       const uint64_t address = source.address + source_offset;
       if (source.device == kHost) {
@@ -509,17 +508,21 @@ void Engine::filled(const JobPtr& job, std::unique_ptr<Job::Chunk> chunk) {
   advance(*job);
 }
 
-// ---- Engine: checksums -------------------------------------------------------------------------
+// ---- Engine: literals and checksums -------------------------------------------------------------
 
 void Engine::checksum(Task task, std::unique_lock<std::mutex>& lock) {
   const JobPtr job = std::move(task.job);
   auto chunk = std::move(task.chunk);
   if (!job->failed_) {
     lock.unlock();
-    const char* const buffer = arena_.chunk(chunk->buffer);
-    for (Job::Piece& piece : chunk->pieces)
-      if (piece.record != kNoRecord)
-        piece.crc = crc32(0, buffer + piece.offset_in_chunk, piece.nbytes);
+    const FileImage& image = *job->files_[chunk->file]->image;
+    char* const buffer = arena_.chunk(chunk->buffer);
+    for (Job::Piece& piece : chunk->pieces) {
+      char* const bytes = buffer + piece.offset_in_chunk;
+      if (piece.record == kNoRecord)
+        std::memcpy(bytes, image.literals.data() + piece.literal_offset, piece.nbytes);
+      else piece.crc = crc32(0, bytes, piece.nbytes);
+    }
     lock.lock();
   }
   if (job->failed_) {

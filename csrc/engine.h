@@ -13,8 +13,9 @@
 //
 // Threads: copiers fill chunks and do nothing else, since that is what training waits for: bytes of
 // the host they copy, copies from devices they enqueue, chunk by chunk. One thread sleeps until the
-// devices are done with a chunk. Writers checksum the filled ones, seal them in file order (fix-ups, CRCs that need earlier ones), write
-// them and sync the files; they run at a lower priority, so that on few cores copying goes first.
+// devices are done with a chunk. Writers put the literals into the filled ones, checksum them, seal
+// them in file order (fix-ups, CRCs that need earlier ones), write them and sync the files; they run
+// at a lower priority, so that on few cores copying goes first.
 //
 // This file knows files, extents and addresses, and nothing of Python or torch.
 #pragma once
@@ -103,6 +104,7 @@ class Job {
     size_t offset_in_chunk;
     size_t nbytes;
     int64_t record;
+    uint64_t literal_offset;  // where a literal's bytes are in the image's literals
     uint32_t crc;  // of a record's bytes; literals are checksummed when the chunk is sealed
   };
   struct Chunk {
