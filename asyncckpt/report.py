@@ -21,7 +21,7 @@ class SaveReport:
             that waits for a device, as GradScaler's does, shows here; we wait for none.
         captured_nbytes: copied inside save(), because training may change it before the next fence.
         pickled_nbytes: of python leaves, which are copied too; they come on top of `host_memory`.
-        starved_s: how long copying waited for a free chunk: the disk's backpressure.
+        starved_s: how long a copying thread waited for free chunks, on average: the disk's backpressure.
         replanned: whether the layout of the files had to be made for this save.
         direct: whether all of it was written with O_DIRECT.
         skipped: nothing was saved, because earlier saves were still in flight.

@@ -121,13 +121,13 @@ Engine::Engine(const EngineOptions& options)
              options.chunk_nbytes),
       direct_(options.direct),
       driver_(options.driver),
+      copiers_(std::max(1u, options.copiers)),
       owner_(::getpid()) {
   for (size_t index = arena_.chunks(); index-- > 0;) free_buffers_.push_back(index);
   // Should a thread not be had (a limit on processes), the others must be joined before they are
   // destroyed: else the program ends.
   try {
-    for (unsigned i = 0; i < std::max(1u, options.copiers); ++i)
-      start_thread(threads_, [this] { copy_loop(); });
+    for (unsigned i = 0; i < copiers_; ++i) start_thread(threads_, [this] { copy_loop(); });
     for (unsigned i = 0; i < std::max(1u, options.writers); ++i)
       start_thread(threads_, [this] { write_loop(); });
     if (options.prefault)
@@ -333,7 +333,7 @@ void Engine::copy_loop() {
     if (buffer == arena_.chunks()) {
       const double begin_s = now_s();
       work_for_copiers_.wait(lock);
-      job->times_.starved_s += now_s() - begin_s;
+      job->times_.starved_s += (now_s() - begin_s) / copiers_;
       continue;
     }
 

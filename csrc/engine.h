@@ -63,7 +63,7 @@ struct JobTimes {  // seconds since submit(); negative when it has not happened
   double released_s = -1;
   double written_s = -1;   // last byte handed to the kernel
   double finished_s = -1;  // last file synced
-  double starved_s = 0;    // copiers' wait for a free chunk: the disk's backpressure
+  double starved_s = 0;    // a copier's wait for a free chunk, on average: the disk's backpressure
 };
 
 class Engine;
@@ -237,6 +237,7 @@ class Engine {
   Arena arena_;
   const bool direct_;
   const std::string driver_;
+  const unsigned copiers_;
   const pid_t owner_;
   std::mutex mutex_;
   std::condition_variable work_for_copiers_;
