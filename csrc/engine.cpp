@@ -10,6 +10,7 @@
 #include <new>
 #include <stdexcept>
 #include <system_error>
+#include <unordered_map>
 #include <utility>
 
 #include "crc32.h"
@@ -225,6 +226,13 @@ std::shared_ptr<Job> Engine::submit(std::string directory,
         }))
       throw std::invalid_argument("no stream was given for device " +
                                   std::to_string(source.device));
+  std::unordered_map<int32_t, int> device_of_slab;
+  for (const Source& source : sources) {
+    if (source.slab == kNoSlab) continue;
+    const int device = device_of_slab.emplace(source.slab, source.device).first->second;
+    if (source.device == kHost || source.device != device)
+      throw std::invalid_argument("slab " + std::to_string(source.slab) + " is not on one device");
+  }
   for (const CallerStream& stream : streams) use_device(stream.device);
 
   JobPtr job(new Job(this, std::move(directory), std::move(images), std::move(sources),
@@ -312,12 +320,33 @@ struct Engine::Filling {
     std::vector<DeviceCopy> copies;
   };
   std::vector<From> from;  // one for each device of the job
+  // The latest copy, while only literals came after it; what it reads belongs to this slab.
+  std::vector<DeviceCopy>* open = nullptr;
+  int32_t open_slab = kNoSlab;
   int64_t failed_source = -1;
   uint64_t failed_offset = 0;
   int error_number = 0;
   DeviceFailure device_failure;
 
   bool failed() const { return error_number != 0 || device_failure; }
+
+  // Notes a copy; one that goes on where the latest would get to, becomes part of that one.
+  void add(const Source& source, const DeviceCopy& copy) {
+    if (open != nullptr && source.slab == open_slab) {
+      DeviceCopy& latest = open->back();
+      const auto advance = static_cast<uint64_t>(copy.host - latest.host);
+      if (copy.address - latest.address == advance) {
+        latest.nbytes = advance + copy.nbytes;
+        return;
+      }
+    }
+    for (From& one : from) {
+      if (one.device->ordinal() != source.device) continue;
+      one.copies.push_back(copy);
+      open = source.slab == kNoSlab ? nullptr : &one.copies;
+      open_slab = source.slab;
+    }
+  }
 };
 
 void Engine::copy_loop() {
@@ -418,10 +447,9 @@ void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling) {
       const uint64_t address = source.address + source_offset;
       if (source.device == kHost) {
         filling.error_number = copy_from_host(target, address, piece.nbytes);
+        filling.open = nullptr;  // no copy may run over these bytes
       } else {
-        for (Filling::From& device : filling.from)
-          if (device.device->ordinal() == source.device)
-            device.copies.push_back({target, address, piece.nbytes});
+        filling.add(source, {target, address, piece.nbytes});
       }
       if (filling.error_number != 0) {
         filling.failed_source = extent->source;

@@ -41,10 +41,16 @@
 
 namespace asyncckpt {
 
+constexpr int32_t kNoSlab = -1;
+
+// Sources of one slab lie in one allocation of a device, and whatever lies between two of them may be
+// read too. Where they are as far apart as in the file, with nothing but literals between, one copy
+// brings them all; the literals take their places afterwards.
 struct Source {
   uint64_t address;
   uint64_t nbytes;
   int device = kHost;  // or a CUDA ordinal
+  int32_t slab = kNoSlab;
 };
 
 struct JobError {
@@ -188,7 +194,7 @@ class Engine {
 
   // Sources must stay readable until the job is released; those on devices are read as they are once
   // the caller's stream of that device, of which there must be one, has done what it has now.
-  // `directory` must exist, the files must not. Throws DeviceError.
+  // A slab is all on one device. `directory` must exist, the files must not. Throws DeviceError.
   std::shared_ptr<Job> submit(std::string directory,
                               std::vector<std::shared_ptr<const FileImage>> images,
                               std::vector<Source> sources,
