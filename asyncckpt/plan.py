@@ -28,6 +28,8 @@ from .layouts.megatron import model_path
 from .layouts.megatron_tree import to_megatron
 from .tree import Leaf, flatten, tensors_in
 
+NO_SLAB = -1  # in place of a slab's number; the same as kNoSlab in csrc/engine.h
+
 
 @dataclass(frozen=True, eq=False)
 class WritePlan:
@@ -67,12 +69,13 @@ class Planned:
     """A plan and the sources of one save.
 
     Attributes:
-        addresses, sizes: uint64, of every source.
+        addresses, sizes: uint64, of every source; where it was packed, of the copy.
         devices: int32, the device it is on, or devices.HOST.
         storages: (source, storage) of what was met while pickling.
         tensors: (name, tensor) of the same.
         held: what keeps that memory alive; to be kept until the save has been released.
         replanned: whether the plan was made for this save.
+        slabs: int32, the slab that each source was packed into, or NO_SLAB; None where none was.
     """
 
     plan: WritePlan
@@ -83,6 +86,7 @@ class Planned:
     tensors: tuple[tuple[str, torch.Tensor], ...]
     held: tuple[Any, ...]
     replanned: bool
+    slabs: np.ndarray[Any, np.dtype[np.int32]] | None = None
 
     def used_devices(self) -> list[int]:
         """Ordinals of the devices that any source is on."""

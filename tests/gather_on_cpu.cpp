@@ -18,7 +18,7 @@ namespace {
 struct Index {
   unsigned x = 0;
 };
-Index threadIdx, blockIdx, blockDim, gridDim;
+thread_local Index threadIdx, blockIdx, blockDim, gridDim;  // streams launch side by side
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
