@@ -76,8 +76,12 @@ class Engine:
         sizes: _UInt64,
         devices: _Int32,
         streams: Sequence[tuple[int, int]] = ...,
+        slabs: _Int32 | None = ...,
     ) -> Job:
-        """Sources must stay as they are until the job is released. Raises DeviceError."""
+        """Sources must stay as they are until the job is released. Raises DeviceError.
+
+        `slabs`: in which allocation each source lies whose other bytes may be read too; -1 for none.
+        """
 
     def close(self) -> None: ...
     @property

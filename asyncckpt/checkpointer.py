@@ -1,6 +1,6 @@
 """AsyncCheckpointer: the story of a save and of a load, top to bottom.
 
-save():       state -> capture -> plan -> snapshot          on the caller's thread, no I/O to wait for
+save():       state -> capture -> plan -> pack -> snapshot  on the caller's thread, no I/O to wait for
 the engine:   copies, checksums, writes, syncs              native threads
 the fence:    nothing torn? all copied? then training may go on
 committer:    written and fenced -> manifest -> rename -> tracker -> retention
@@ -45,6 +45,7 @@ from .inflight import PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
 from .lease import RootLease
 from .loader import Loader, Resume
+from .packing import Packer
 from .planners import planner_for
 from .ranks import ranks_of
 from .snapshot import Stager
@@ -83,6 +84,10 @@ class AsyncCheckpointer:
             state once more inside save().
         fencing: "hooks": optimizer steps fence by themselves. "manual": the caller sees to it, with
             `fence()` or `fenced()`, before anything changes the state.
+        pack: "auto": where a CUDA device has hundreds of tensors of at most 32 KiB in a row, and CuPy is
+            installed, saves try whether it is faster to gather them by a kernel first; the faster way
+            stays. "always": do so untried. "never", and with guard="full": don't. Takes at most 64 MiB of
+            the device until they are copied.
         max_in_flight: saves not yet durable at a time.
         when_busy: what save() does beyond that: "wait" (it shows in `blocked_s`) or "skip" (the handle's
             report says skipped, and a warning is logged).
@@ -122,6 +127,7 @@ class AsyncCheckpointer:
         on_error: Literal["raise", "warn"] = "raise",
         guard: Literal["versions", "full"] = "versions",
         fencing: Literal["hooks", "manual"] = "hooks",
+        pack: Literal["auto", "always", "never"] = "auto",
         max_in_flight: int = 2,
         when_busy: Literal["wait", "skip"] = "wait",
         fence_timeout_s: float = 1800.0,
@@ -136,6 +142,7 @@ class AsyncCheckpointer:
         options.check_choice("on_error", on_error, ("raise", "warn"))
         options.check_choice("guard", guard, ("versions", "full"))
         options.check_choice("fencing", fencing, ("hooks", "manual"))
+        options.check_choice("pack", pack, ("auto", "always", "never"))
         options.check_choice("when_busy", when_busy, ("wait", "skip"))
         options.check_positive(
             writers=writers, max_in_flight=max_in_flight, keep_last=keep_last, keep_every=keep_every
@@ -199,6 +206,8 @@ class AsyncCheckpointer:
             if host_memory is None:
                 host_memory = memory.default_host_memory_bytes(model, optimizer is not None)
             self._planner = planner
+            # Where every byte is compared, a write that nobody fenced must be seen, packed or not.
+            self._packer = Packer("never" if guard == "full" else pack)
             self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
             undo.callback(self._stager.close)
             self._stager.use_devices(self._state.devices())
@@ -321,9 +330,12 @@ class AsyncCheckpointer:
             save.step, attempt_id(self._incarnation, save.call), directories, shared=not self._ranks.alone
         )
         try:
-            save.submitting_s = save.elapsed_s()
             save.attempt = attempt
-            save.snapshot = self._stager.snapshot(planned, captured.live, attempt.path)
+            packing = self._packer.pack(planned)
+            save.report.packed, save.report.pack_s = packing.tensors, packing.seconds
+            save.sample = packing.sample
+            save.submitting_s = save.elapsed_s()
+            save.snapshot = self._stager.snapshot(packing.planned, captured.live, attempt.path)
             self._state.hold_back_arrays()  # until what was copied inside save() is copied
             save.mark("submitted")
             committer.take(save)

@@ -11,6 +11,7 @@ from .commit import Attempt
 from .errors import CheckpointError, SaveTimeoutError, TornStateError
 from .report import SaveReport
 from .snapshot import Snapshot
+from .trial import Sample
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ class Save:
     """A save in flight. The training thread fences it, the committer finishes it.
 
     Attributes:
+        sample: to be told what the save cost, should it succeed.
         checked: set once the training thread has decided that nothing was torn, or that something was.
         done: set at the very end, durable or failed.
         heard: somebody was told of the error.
@@ -36,11 +38,13 @@ class Save:
         self.snapshot: Snapshot | None = None
         self.attempt: Attempt | None = None
         self.metadata: dict[str, object] = {}
+        self.sample: Sample | None = None
         self.checked = threading.Event()
         self.done = threading.Event()
         self.heard = False
         self.thread = threading.get_ident()
         self.submitting_s = 0.0  # after the call; the engine's clock begins here
+        self._copying_s = 0.0  # without the waits for the disk
         self._error: CheckpointError | None = None
         self._lock = threading.Lock()
         self._began_s = time.perf_counter()
@@ -70,6 +74,7 @@ class Save:
         """Take over the engine's times: all files are synced."""
         enqueued_s, released_s, _, _, starved_s = snapshot.times_s()
         self.report.starved_s = starved_s
+        self._copying_s = released_s - starved_s
         self.report.direct = snapshot.direct
         submitted_s = self.report.phases["submitted"]
         self.mark("enqueued", max(submitted_s, self.submitting_s + enqueued_s))
@@ -156,6 +161,8 @@ class Save:
 
     def finish(self) -> None:
         """Whatever came of it, it is over."""
+        if self.sample is not None and self._error is None:
+            self.sample.note(self.report.pack_s + self._copying_s)
         self.checked.set()
         self.done.set()
         self.snapshot = None  # a handle that is kept must not keep the arena

@@ -25,6 +25,8 @@ from .formats.refs import span_elements
 from .shards import local_of
 from .tree import Leaf, tensors_in
 
+NO_SLAB = -1  # in place of a slab's number; the same as kNoSlab in csrc/engine.h
+
 
 @dataclass(frozen=True, eq=False)
 class WritePlan:
@@ -68,13 +70,14 @@ class Planned:
     """A plan and the sources of one save.
 
     Attributes:
-        addresses, sizes: uint64, of every source.
+        addresses, sizes: uint64, of every source; where it was packed, of the copy.
         devices: int32, the device it is on, or devices.HOST.
         storages: (source, storage) of what was met while pickling.
         tensors: (name, tensor) of the same.
         held: what keeps that memory alive; to be kept until the save has been released.
         replanned: whether the plan was made for this save.
         shared_crcs: CRC-32 of each python leaf that one rank saves for all.
+        slabs: int32, the slab that each source was packed into, or NO_SLAB; None where none was.
     """
 
     plan: WritePlan
@@ -86,6 +89,7 @@ class Planned:
     held: tuple[Any, ...]
     replanned: bool
     shared_crcs: tuple[int, ...] = ()
+    slabs: np.ndarray[Any, np.dtype[np.int32]] | None = None
 
     def used_devices(self) -> list[int]:
         """Ordinals of the devices that any source is on."""

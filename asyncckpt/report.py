@@ -21,7 +21,9 @@ class SaveReport:
             that waits for a device, as GradScaler's does, shows here; we wait for none.
         captured_nbytes: copied inside save(), because training may change it before the next fence.
         pickled_nbytes: of python leaves, which are copied too; they come on top of `host_memory`.
-        starved_s: how long copying waited for a free chunk: the disk's backpressure.
+        starved_s: how long a copying thread waited for free chunks, on average: the disk's backpressure.
+        packed: tiny tensors that a kernel gathered on their device before they were copied; see `pack`.
+        pack_s: how long save() took over that; the first time, CuPy is imported and the kernel compiled.
         replanned: whether the layout of the files had to be made for this save.
         direct: whether all of it was written with O_DIRECT.
         skipped: nothing was saved, because earlier saves were still in flight.
@@ -36,6 +38,8 @@ class SaveReport:
     captured_nbytes: int = 0
     pickled_nbytes: int = 0
     starved_s: float = 0.0
+    packed: int = 0
+    pack_s: float = 0.0
     replanned: bool = False
     direct: bool = False
     skipped: bool = False

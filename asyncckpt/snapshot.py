@@ -283,7 +283,13 @@ class Stager:
         try:
             checksums = self._checksums(planned, dict(streams)) if self._full_guard else None
             job = self._engine.submit(
-                str(directory), images, planned.addresses, planned.sizes, planned.devices, streams
+                str(directory),
+                images,
+                planned.addresses,
+                planned.sizes,
+                planned.devices,
+                streams,
+                planned.slabs,
             )
         except _native.DeviceError as failure:
             raise DeviceError(str(failure)) from failure

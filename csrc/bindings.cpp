@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -9,6 +10,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 
 #include "crc32.h"
 #include "device.h"
@@ -253,13 +255,16 @@ NB_MODULE(_native, m) {
       .def(
           "submit",
           [](EngineHandle& handle, std::string directory, const std::vector<Image>& images,
-             UInt64Array addresses, UInt64Array sizes, Int32Array devices, const Streams& streams) {
+             UInt64Array addresses, UInt64Array sizes, Int32Array devices, const Streams& streams,
+             std::optional<Int32Array> slabs) {
             Engine& engine = handle.usable();
-            if (addresses.shape(0) != sizes.shape(0) || addresses.shape(0) != devices.shape(0))
-              throw nb::value_error("addresses, sizes and devices differ in length");
+            if (addresses.shape(0) != sizes.shape(0) || addresses.shape(0) != devices.shape(0) ||
+                (slabs && addresses.shape(0) != slabs->shape(0)))
+              throw nb::value_error("addresses, sizes, devices and slabs differ in length");
             std::vector<Source> sources(addresses.shape(0));
             for (size_t i = 0; i < sources.size(); ++i)
-              sources[i] = {addresses.data()[i], sizes.data()[i], devices.data()[i]};
+              sources[i] = {addresses.data()[i], sizes.data()[i], devices.data()[i],
+                            slabs ? slabs->data()[i] : kNoSlab};
             std::vector<std::shared_ptr<const FileImage>> plain;
             for (const Image& image : images) plain.push_back(image.image);
             const std::vector<CallerStream> callers = caller_streams(streams);
@@ -268,7 +273,7 @@ NB_MODULE(_native, m) {
                                  callers);
           },
           "directory"_a, "images"_a, "addresses"_a, "sizes"_a, "devices"_a, "streams"_a = Streams(),
-          nb::keep_alive<0, 1>())
+          "slabs"_a = nb::none(), nb::keep_alive<0, 1>())
       .def("close",
            [](EngineHandle& handle) {
              Engine& engine = handle.usable();

@@ -10,6 +10,7 @@
 #include <new>
 #include <stdexcept>
 #include <system_error>
+#include <unordered_map>
 #include <utility>
 
 #include "crc32.h"
@@ -121,13 +122,13 @@ Engine::Engine(const EngineOptions& options)
              options.chunk_nbytes),
       direct_(options.direct),
       driver_(options.driver),
+      copiers_(std::max(1u, options.copiers)),
       owner_(::getpid()) {
   for (size_t index = arena_.chunks(); index-- > 0;) free_buffers_.push_back(index);
   // Should a thread not be had (a limit on processes), the others must be joined before they are
   // destroyed: else the program ends.
   try {
-    for (unsigned i = 0; i < std::max(1u, options.copiers); ++i)
-      start_thread(threads_, [this] { copy_loop(); });
+    for (unsigned i = 0; i < copiers_; ++i) start_thread(threads_, [this] { copy_loop(); });
     for (unsigned i = 0; i < std::max(1u, options.writers); ++i)
       start_thread(threads_, [this] { write_loop(); });
     if (options.prefault)
@@ -225,6 +226,13 @@ std::shared_ptr<Job> Engine::submit(std::string directory,
         }))
       throw std::invalid_argument("no stream was given for device " +
                                   std::to_string(source.device));
+  std::unordered_map<int32_t, int> device_of_slab;
+  for (const Source& source : sources) {
+    if (source.slab == kNoSlab) continue;
+    const int device = device_of_slab.emplace(source.slab, source.device).first->second;
+    if (source.device == kHost || source.device != device)
+      throw std::invalid_argument("slab " + std::to_string(source.slab) + " is not on one device");
+  }
   for (const CallerStream& stream : streams) use_device(stream.device);
 
   JobPtr job(new Job(this, std::move(directory), std::move(images), std::move(sources),
@@ -312,12 +320,33 @@ struct Engine::Filling {
     std::vector<DeviceCopy> copies;
   };
   std::vector<From> from;  // one for each device of the job
+  // The latest copy, while only literals came after it; what it reads belongs to this slab.
+  std::vector<DeviceCopy>* open = nullptr;
+  int32_t open_slab = kNoSlab;
   int64_t failed_source = -1;
   uint64_t failed_offset = 0;
   int error_number = 0;
   DeviceFailure device_failure;
 
   bool failed() const { return error_number != 0 || device_failure; }
+
+  // Notes a copy; one that goes on where the latest would get to, becomes part of that one.
+  void add(const Source& source, const DeviceCopy& copy) {
+    if (open != nullptr && source.slab == open_slab) {
+      DeviceCopy& latest = open->back();
+      const auto advance = static_cast<uint64_t>(copy.host - latest.host);
+      if (copy.address - latest.address == advance) {
+        latest.nbytes = advance + copy.nbytes;
+        return;
+      }
+    }
+    for (From& one : from) {
+      if (one.device->ordinal() != source.device) continue;
+      one.copies.push_back(copy);
+      open = source.slab == kNoSlab ? nullptr : &one.copies;
+      open_slab = source.slab;
+    }
+  }
 };
 
 void Engine::copy_loop() {
@@ -333,7 +362,7 @@ void Engine::copy_loop() {
     if (buffer == arena_.chunks()) {
       const double begin_s = now_s();
       work_for_copiers_.wait(lock);
-      job->times_.starved_s += now_s() - begin_s;
+      job->times_.starved_s += (now_s() - begin_s) / copiers_;
       continue;
     }
 
@@ -395,7 +424,8 @@ size_t Engine::take_buffer(const Job& job) {
   return buffer;
 }
 
-// Copies what the host has, and notes what to copy from devices.
+// Copies the host's sources, and notes what to copy from devices. Literals are left to the writers:
+// nobody waits for them, and a copy may run over their place until then.
 void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling) {
   const FileImage& image = *job.files_[chunk.file]->image;
   char* const buffer = arena_.chunk(chunk.buffer);
@@ -408,21 +438,18 @@ void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling) {
   for (; extent != image.extents.end() && extent->offset < end; ++extent) {
     const uint64_t from = std::max(begin, extent->offset);
     const uint64_t to = std::min(end, extent->offset + extent->nbytes);
-    Job::Piece piece{static_cast<size_t>(from - begin), static_cast<size_t>(to - from),
-                     extent->record, 0};
-    char* const target = buffer + piece.offset_in_chunk;
     const uint64_t source_offset = extent->source_offset + (from - extent->offset);
-    if (extent->source == kLiteral) {
-      std::memcpy(target, image.literals.data() + source_offset, piece.nbytes);
-    } else if (piece.nbytes > 0) {
+    Job::Piece piece{static_cast<size_t>(from - begin), static_cast<size_t>(to - from),
+                     extent->record, source_offset, 0};
+    char* const target = buffer + piece.offset_in_chunk;
+    if (extent->source != kLiteral && piece.nbytes > 0) {
       const Source& source = job.sources_[static_cast<size_t>(extent->source)];
       const uint64_t address = source.address + source_offset;
       if (source.device == kHost) {
         filling.error_number = copy_from_host(target, address, piece.nbytes);
+        filling.open = nullptr;  // no copy may run over these bytes
       } else {
-        for (Filling::From& device : filling.from)
-          if (device.device->ordinal() == source.device)
-            device.copies.push_back({target, address, piece.nbytes});
+        filling.add(source, {target, address, piece.nbytes});
       }
       if (filling.error_number != 0) {
         filling.failed_source = extent->source;
@@ -509,17 +536,21 @@ void Engine::filled(const JobPtr& job, std::unique_ptr<Job::Chunk> chunk) {
   advance(*job);
 }
 
-// ---- Engine: checksums -------------------------------------------------------------------------
+// ---- Engine: literals and checksums -------------------------------------------------------------
 
 void Engine::checksum(Task task, std::unique_lock<std::mutex>& lock) {
   const JobPtr job = std::move(task.job);
   auto chunk = std::move(task.chunk);
   if (!job->failed_) {
     lock.unlock();
-    const char* const buffer = arena_.chunk(chunk->buffer);
-    for (Job::Piece& piece : chunk->pieces)
-      if (piece.record != kNoRecord)
-        piece.crc = crc32(0, buffer + piece.offset_in_chunk, piece.nbytes);
+    const FileImage& image = *job->files_[chunk->file]->image;
+    char* const buffer = arena_.chunk(chunk->buffer);
+    for (Job::Piece& piece : chunk->pieces) {
+      char* const bytes = buffer + piece.offset_in_chunk;
+      if (piece.record == kNoRecord)
+        std::memcpy(bytes, image.literals.data() + piece.literal_offset, piece.nbytes);
+      else piece.crc = crc32(0, bytes, piece.nbytes);
+    }
     lock.lock();
   }
   if (job->failed_) {

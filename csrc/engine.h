@@ -13,8 +13,9 @@
 //
 // Threads: copiers fill chunks and do nothing else, since that is what training waits for: bytes of
 // the host they copy, copies from devices they enqueue, chunk by chunk. One thread sleeps until the
-// devices are done with a chunk. Writers checksum the filled ones, seal them in file order (fix-ups, CRCs that need earlier ones), write
-// them and sync the files; they run at a lower priority, so that on few cores copying goes first.
+// devices are done with a chunk. Writers put the literals into the filled ones, checksum them, seal
+// them in file order (fix-ups, CRCs that need earlier ones), write them and sync the files; they run
+// at a lower priority, so that on few cores copying goes first.
 //
 // This file knows files, extents and addresses, and nothing of Python or torch.
 #pragma once
@@ -40,10 +41,16 @@
 
 namespace asyncckpt {
 
+constexpr int32_t kNoSlab = -1;
+
+// Sources of one slab lie in one allocation of a device, and whatever lies between two of them may be
+// read too. Where they are as far apart as in the file, with nothing but literals between, one copy
+// brings them all; the literals take their places afterwards.
 struct Source {
   uint64_t address;
   uint64_t nbytes;
   int device = kHost;  // or a CUDA ordinal
+  int32_t slab = kNoSlab;
 };
 
 struct JobError {
@@ -62,7 +69,7 @@ struct JobTimes {  // seconds since submit(); negative when it has not happened
   double released_s = -1;
   double written_s = -1;   // last byte handed to the kernel
   double finished_s = -1;  // last file synced
-  double starved_s = 0;    // copiers' wait for a free chunk: the disk's backpressure
+  double starved_s = 0;    // a copier's wait for a free chunk, on average: the disk's backpressure
 };
 
 class Engine;
@@ -103,6 +110,7 @@ class Job {
     size_t offset_in_chunk;
     size_t nbytes;
     int64_t record;
+    uint64_t literal_offset;  // where a literal's bytes are in the image's literals
     uint32_t crc;  // of a record's bytes; literals are checksummed when the chunk is sealed
   };
   struct Chunk {
@@ -186,7 +194,7 @@ class Engine {
 
   // Sources must stay readable until the job is released; those on devices are read as they are once
   // the caller's stream of that device, of which there must be one, has done what it has now.
-  // `directory` must exist, the files must not. Throws DeviceError.
+  // A slab is all on one device. `directory` must exist, the files must not. Throws DeviceError.
   std::shared_ptr<Job> submit(std::string directory,
                               std::vector<std::shared_ptr<const FileImage>> images,
                               std::vector<Source> sources,
@@ -235,6 +243,7 @@ class Engine {
   Arena arena_;
   const bool direct_;
   const std::string driver_;
+  const unsigned copiers_;
   const pid_t owner_;
   std::mutex mutex_;
   std::condition_variable work_for_copiers_;

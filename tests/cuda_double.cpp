@@ -357,7 +357,10 @@ void run_copy(Lock& lock, Context& context, const char* entry_point, const Copy&
     if (i + 1 < pieces && i + 1 == pause_after) nap(random);
   }
   lock.lock();
-  if (goes_to_host(copy)) w.bytes_to_host += copy.nbytes;
+  if (goes_to_host(copy)) {
+    w.bytes_to_host += copy.nbytes;
+    ++w.counters["copies_to_host"];
+  }
   if (device_of(copy.source) < 0 && device_of(copy.target) >= 0) w.bytes_to_device += copy.nbytes;
 }
 

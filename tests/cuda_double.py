@@ -343,7 +343,8 @@ class Double:
         return int(self._library.double_count(entry_point.encode()))
 
     def counter(self, name: str) -> int:
-        """pageable, spinning_waits, blocking_streams, unregistered_in_use, deadlocks or captured."""
+        """copies_to_host, pageable, spinning_waits, blocking_streams, unregistered_in_use, deadlocks or
+        captured."""
         return int(self._library.double_counter(name.encode()))
 
     def registered_nbytes(self) -> int:

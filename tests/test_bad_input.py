@@ -230,6 +230,8 @@ def test_a_step_that_is_not_there(run: Run) -> None:
         {"on_error": "ignore"},
         {"guard": "none"},
         {"when_busy": "drop"},
+        {"pack": "sometimes"},
+        {"pack": True},
         {"layout": "zip"},
         {"model": object()},
         {"optimizer": [object()]},

@@ -76,7 +76,18 @@ class HostBlock:
         self.address = self.bytes.ctypes.data
 
 
-Source = Block | HostBlock
+class View:
+    """Some bytes of a block."""
+
+    def __init__(self, block: Block, offset: int, nbytes: int) -> None:
+        self.device = block.device
+        self.nbytes = nbytes
+        self.address = block.address + offset
+        self.bytes = block.bytes[offset : offset + nbytes]
+        assert len(self.bytes) == nbytes
+
+
+Source = Block | HostBlock | View
 
 
 @contextmanager
@@ -103,6 +114,7 @@ def submit(
     image: FileImage,
     sources: Sequence[Source],
     streams: Sequence[tuple[int, int]],
+    slabs: Sequence[int] | None = None,
 ) -> _native.Job:
     native = _native.make_image(
         image.path, image.nbytes, image.literals, image.extents, image.fixups, image.records
@@ -114,6 +126,7 @@ def submit(
         np.array([source.nbytes for source in sources], dtype=np.uint64),
         np.array([source.device for source in sources], dtype=np.int32),
         streams,
+        None if slabs is None else np.array(slabs, dtype=np.int32),
     )
 
 
@@ -215,6 +228,113 @@ def test_nothing_waits_for_a_whole_stream_or_context(any_driver: Double, tmp_pat
     assert "cuEventSynchronize" not in {name for name, thread in log if thread == mine}
     for oddity in ("pageable", "spinning_waits", "blocking_streams", "unregistered_in_use", "deadlocks"):
         assert any_driver.counter(oddity) == 0, oddity
+
+
+# ---------------------------------------------------------------------------- slabs
+
+
+def places_in(image: FileImage) -> dict[int, int]:
+    """Where in the file each source begins."""
+    return {source: offset for offset, _, source, _, _ in image.extents.tolist() if source >= 0}
+
+
+def shaped_like(double: Double, image: FileImage, sizes: Sequence[int], device: int = 0) -> list[View]:
+    """Sources in one block as far apart as in the file, noise between them."""
+    places = places_in(image)
+    block = Block(double, image.nbytes, device, seed=image.nbytes)
+    return [View(block, places[index], nbytes) for index, nbytes in enumerate(sizes)]
+
+
+class Size:
+    """A source of which only the size is known yet."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+def copies_of(image: FileImage, sources: Sequence[Source], slabs: Sequence[int]) -> int:
+    """How many copies from devices the contract asks for: runs of one slab and one distance, by chunk."""
+    copies = 0
+    for begin in range(0, image.nbytes, CHUNK):
+        latest: tuple[int, int] | None = None
+        for offset, nbytes, source, _, _ in image.extents.tolist():
+            if source < 0 or offset >= begin + CHUNK or offset + nbytes <= begin:
+                continue
+            if sources[source].device == HOST:
+                latest = None
+                continue
+            this = (slabs[source], sources[source].address - offset)
+            copies += slabs[source] < 0 or this != latest
+            latest = this
+    return copies
+
+
+def test_a_slab_shaped_like_the_file_is_one_copy_to_a_chunk(any_driver: Double, tmp_path: Path) -> None:
+    sizes = [1 + 37 * index % 1500 for index in range(300)]
+    image = image_of([Size(nbytes) for nbytes in sizes])  # type: ignore[misc]
+    sources = shaped_like(any_driver, image, sizes)
+    with engine_over(any_driver) as engine:
+        finish(submit(engine, tmp_path, image, sources, STREAMS[:1], [7] * len(sources)))
+    assert (tmp_path / "file").read_bytes() == contents(image, sources)
+    last = max(places_in(image).values())
+    assert any_driver.counter("copies_to_host") == 1 + last // CHUNK
+    assert any_driver.count("cuMemcpyBatchAsync") + any_driver.count("cuMemcpyBatchAsync_v2") == 0
+
+
+def test_without_slabs_every_source_is_a_copy(double: Double, tmp_path: Path) -> None:
+    """The bytes between them are not ours to read."""
+    sizes = [100] * 50
+    image = image_of([Size(nbytes) for nbytes in sizes])  # type: ignore[misc]
+    sources = shaped_like(double, image, sizes)
+    for name, slabs in (("none", None), ("all -1", [-1] * 50), ("all different", list(range(50)))):
+        double.reset()
+        named = image_of(sources, name)
+        with engine_over(double) as engine:
+            finish(submit(engine, tmp_path, named, sources, STREAMS[:1], slabs))
+        assert (tmp_path / name).read_bytes() == contents(named, sources)
+        assert double.counter("copies_to_host") == copies_of(named, sources, slabs or [-1] * 50) >= 50
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 64])
+def test_what_is_not_of_the_slab_comes_between(any_driver: Double, tmp_path: Path, chunks: int) -> None:
+    """Host memory, other slabs, other devices, no slab, another distance: none is run over."""
+    kinds = ["slab"] * 8 + ["host", "slab 1", "device 1", "loose", "shifted"]
+    for seed in range(6):
+        any_driver.reset(seed, DELAY_US_MAX)
+        rng = random.Random(seed)
+        chosen = [rng.choice(kinds) for _ in range(120)]
+        sizes = [rng.choice([1, 8, 100, 700, CHUNK - 1, CHUNK + 1]) for _ in chosen]
+        image = image_of([Size(nbytes) for nbytes in sizes], f"file-{seed}")  # type: ignore[misc]
+        shaped = [shaped_like(any_driver, image, sizes, device) for device in (0, 0, 1)]
+        sources: list[Source] = []
+        slabs = []
+        for index, (kind, nbytes) in enumerate(zip(chosen, sizes, strict=True)):
+            source: Source = shaped[0][index]
+            if kind == "host":
+                source = HostBlock(nbytes, index)
+            elif kind == "loose":
+                source = Block(any_driver, nbytes, 0, index)
+            elif kind == "shifted":
+                source = View(Block(any_driver, nbytes + 64, 0, index), 64, nbytes)
+            elif kind != "slab":
+                source = shaped[2 if kind == "device 1" else 1][index]
+            sources.append(source)
+            slabs.append({"slab": 0, "shifted": 0, "slab 1": 1, "device 1": 2}.get(kind, -1))
+        with engine_over(any_driver, chunks, copiers=2) as engine:
+            finish(submit(engine, tmp_path, image, sources, STREAMS, slabs))
+        assert (tmp_path / image.path).read_bytes() == contents(image, sources)
+        assert any_driver.counter("copies_to_host") == copies_of(image, sources, slabs)
+
+
+def test_a_slab_is_all_on_one_device(double: Double, tmp_path: Path) -> None:
+    blocks: list[Source] = [Block(double, 10, 0), Block(double, 10, 1), HostBlock(10)]
+    image = image_of(blocks)
+    with engine_over(double) as engine:
+        for slabs in ([0, 0, -1], [0, 1, 2]):
+            with pytest.raises(ValueError, match=r"slab \d is not on one device"):
+                submit(engine, tmp_path, image, blocks, STREAMS, slabs)
+        with pytest.raises(ValueError, match="differ in length"):
+            submit(engine, tmp_path, image, blocks, STREAMS, [0])
 
 
 # ---------------------------------------------------------------------------- order

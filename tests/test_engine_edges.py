@@ -314,6 +314,21 @@ def test_a_job_is_released_by_its_last_copy_and_not_before(tmp_path: Path, copie
     assert len(late) == 1
 
 
+@pytest.mark.parametrize("copiers", [1, 4])
+def test_starving_takes_no_longer_than_the_job(tmp_path: Path, copiers: int) -> None:
+    """However many copiers share the wait."""
+    engine = make_engine(2, copiers=copiers)
+    data = noise(8 * CHUNK)
+    _native.faults.arm(Op.pwrite, 0, Kind.pause)
+    job = submit(engine, tmp_path, one_record("file", data.nbytes), [data])
+    assert _native.faults.wait_for_hits(Op.pwrite, 1)
+    assert not job.wait_released(0.2)
+    _native.faults.resume()
+    finish(engine, job)
+    _, released_s, _, _, starved_s = job.times_s
+    assert 0.1 < starved_s < released_s
+
+
 def test_nothing_is_read_after_release(tmp_path: Path) -> None:
     engine = make_engine(16, copiers=2)
     data = noise(8 * CHUNK + 5)

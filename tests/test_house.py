@@ -33,6 +33,7 @@ def imports_of(path: Path) -> Iterator[str]:
                 yield f"{stem}.{alias.name}"
 
 
+PURE = {"asyncckpt.plan", "asyncckpt.packing", "asyncckpt.trial"}
 GRAPH = {name_of(path): set(imports_of(path)) for path in MODULES}
 
 
@@ -55,7 +56,7 @@ def test_only_the_front_door_sees_the_checkpointer() -> None:
     assert users_of("asyncckpt.checkpointer") == {"asyncckpt"}
 
 
-@pytest.mark.parametrize("room", [name for name in GRAPH if ".formats" in name or name == "asyncckpt.plan"])
+@pytest.mark.parametrize("room", [name for name in GRAPH if ".formats" in name or name in PURE])
 def test_pure_rooms_do_no_io(room: str) -> None:
     forbidden = ("os", "threading", "socket", "subprocess", "shutil", "tempfile")
     used = {found.split(".")[0] for found in GRAPH[room]}
@@ -68,6 +69,21 @@ def test_formats_know_no_room_above_them(room: str) -> None:
         i for i in GRAPH[room] if i.startswith("asyncckpt") and ".formats" not in i and ".errors" not in i
     }
     assert not above
+
+
+def test_only_the_checkpointer_packs_and_only_packing_sees_the_kernels() -> None:
+    assert users_of("asyncckpt.packing") == {"asyncckpt.checkpointer"}
+    assert users_of("asyncckpt.kernels") == {"asyncckpt.packing"}
+    assert users_of("cupy") == {"asyncckpt.kernels"}
+
+
+def test_a_trial_knows_nothing_but_numbers() -> None:
+    assert {found.split(".")[0] for found in GRAPH["asyncckpt.trial"]} == {"__future__"}
+
+
+def test_cupy_is_imported_where_it_is_needed_and_not_before() -> None:
+    tree = ast.parse((PACKAGE / "kernels.py").read_text())
+    assert not [node for node in tree.body if isinstance(node, ast.Import) and node.names[0].name == "cupy"]
 
 
 def test_commit_and_lease_know_nothing_of_torch() -> None:

@@ -1,6 +1,7 @@
 """The suite of torn states once more, with the state on CUDA devices: over the driver double.
 
-Every test of `test_torn` runs again; what is handed to a checkpointer moves to a device first.
+Every test of `test_torn` runs again; what is handed to a checkpointer moves to a device first. And again with
+all that is tiny packed there: whatever tears, tears as well, and is told in the same words.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from asyncckpt import AsyncCheckpointer, capture, devices
+from asyncckpt import AsyncCheckpointer, capture, devices, kernels, packing
 from tests import test_torn as suite
 from tests.cuda_double import Double
 from tests.fake_cuda import FakeCuda
+from tests.gather_on_cpu import DoubleGatherer
 from tests.test_torn import *  # noqa: F403 -- all of its tests and fixtures
 
 
@@ -40,17 +42,20 @@ def move(world: FakeCuda, value: Any) -> None:
             move(world, item)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, params=["plain", "packed"])
 def world(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[FakeCuda]:
     double = Double()
     double.reset(seed=len(request.node.name), delay_us_max=50)
     with FakeCuda(double) as world:
+        gatherer = DoubleGatherer(world)
+        monkeypatch.setattr(kernels, "gatherer", lambda: gatherer)
+        monkeypatch.setattr(packing, "TENSORS_MIN", 2)
         construct = AsyncCheckpointer.__init__
 
         def placed(self: AsyncCheckpointer, root: Path, **options: Any) -> None:
             for name in ("model", "optimizer", "extra"):
                 move(world, options.get(name))
-            construct(self, root, **options)
+            construct(self, root, pack="always" if request.param == "packed" else "never", **options)
 
         monkeypatch.setattr(AsyncCheckpointer, "__init__", placed)
         run = threading.Thread.run
@@ -67,6 +72,14 @@ def world(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> It
         monkeypatch.setattr(suite, "ROUNDS", 20)  # kernels of the double are slow
         yield world
     double.reset()
+
+
+@pytest.mark.parametrize("layout", suite.LAYOUTS)
+def test_packed_means_packed(tmp_path: Path, layout: str, request: pytest.FixtureRequest) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 16))
+    with AsyncCheckpointer(tmp_path, model=model, layout=layout) as checkpointer:
+        packed = checkpointer.save(1).wait().packed
+    assert packed == (4 if "packed" in request.node.callspec.params.values() else 0)
 
 
 # ---------------------------------------------------------------------------- what differs
