@@ -115,15 +115,24 @@ class Committer:
                 self._end(save)
 
     def _commit(self, save: Save) -> None:
-        try:
-            files = self._written(save)
-        except BaseException as error:
-            self._give_up(save, error)
-            raise
         if self._ranks.is_first:
+            try:
+                files = self._written(save)
+            except BaseException as error:
+                self._give_up(save, error)
+                raise
             self._publish(save, files)
-        else:
-            self._take_part(save, files)
+            return
+        try:
+            ballot = self._part(save, self._written(save))
+        except BaseException as error:
+            # Rank 0 removes what has failed for another rank, also what is being written here.
+            ended = self._ranks.ended_early(save.call)
+            if ended is None:
+                self._give_up(save, error)
+                raise
+            raise self._failed_elsewhere(save, ended) from error
+        self._take_part(save, ballot)
 
     def _written(self, save: Save) -> tuple[FileEntry, ...]:
         """What was written, once all of it is fsynced and known to be whole."""
@@ -151,7 +160,7 @@ class Committer:
             _log.warning("host_memory is not pinned, copies from devices are slow: %s", snapshot.pin_failure)
 
     def _give_up(self, save: Save, error: BaseException) -> None:
-        """Tell the other ranks, and leave nothing behind that is ours to remove."""
+        """Tell the other ranks that the save has failed for all; rank 0 removes what was written."""
         if self._ranks.is_first:
             self._announce(save, f"rank 0: {error}")
             if save.attempt is not None:
@@ -186,9 +195,9 @@ class Committer:
             )
             save.report.durable_s = save.elapsed_s()
         except BaseException as error:
+            self._announce(save, str(error))  # first: whose files vanish shall find out why
             if not visible:
                 self._root.discard(attempt)
-            self._announce(save, str(error))
             raise
         self._announce(save, None)
         try:
@@ -238,24 +247,28 @@ class Committer:
 
     # -- the others
 
-    def _take_part(self, save: Save, files: tuple[FileEntry, ...]) -> None:
-        _, attempt = save.begun()
-        try:
-            fragment = self._root.write_fragment(attempt, self._ranks.rank, files)
-            self._root.settle_part(attempt)
-            ballot = self._ballot(save, fragment)
-            self._ranks.say_layout(ballot.layout, save.begun()[0].plan.layout)
-        except BaseException as error:
-            self._give_up(save, error)
-            raise
+    def _part(self, save: Save, files: tuple[FileEntry, ...]) -> Ballot:
+        snapshot, attempt = save.begun()
+        fragment = self._root.write_fragment(attempt, self._ranks.rank, files)
+        self._root.settle_part(attempt)
+        ballot = self._ballot(save, fragment)
+        self._ranks.say_layout(ballot.layout, snapshot.plan.layout)
+        return ballot
+
+    def _take_part(self, save: Save, ballot: Ballot) -> None:
         self._ranks.vote(save.call, ballot)
         save.mark("voted")
         outcome = self._ranks.outcome(save.call)
         if outcome.error is not None:
-            raise RankError(f"step {save.step} was not saved: {outcome.error}")
+            raise self._failed_elsewhere(save, outcome)
         self._root.note_published(save.step)
         save.report.durable_s = save.elapsed_s()
         save.mark("durable")
+
+    def _failed_elsewhere(self, save: Save, outcome: Outcome) -> RankError:
+        if save.attempt is not None:
+            self._root.discard(save.attempt)  # whoever wrote last removes what rank 0 could not
+        return RankError(f"step {save.step} was not saved: {outcome.error}")
 
     def _ballot(self, save: Save, fragment: FragmentRef | None = None) -> Ballot:
         snapshot, _ = save.begun()

@@ -417,6 +417,13 @@ class Ranks:
         ballots = [f"{self._run}/{save}/ballot/{rank}" for rank in range(self.world_size)]
         self._client.delete(*ballots, f"{self._run}/{save}/voted", f"{self._run}/{save}/failed")
 
+    def ended_early(self, save: int) -> Outcome | None:
+        """The others: how it ended, if it has ended before this rank has voted."""
+        key = f"{self._run}/{save}/outcome"
+        if self._client is None or self.is_first or not self._client.has(key):
+            return None
+        return self.outcome(save)
+
     def outcome(self, save: int) -> Outcome:
         """The others: how it ended.
 

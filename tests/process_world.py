@@ -18,7 +18,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.checkpoint.filesystem
+import torch.distributed.fsdp  # all that a child would import: the server does so once
 
 from asyncckpt import AsyncCheckpointer
 
@@ -37,7 +40,8 @@ class Rank:
         self.said: list[Any] = []
 
     def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
+        """SIGKILL, and wait for its end; nothing if it has ended."""
+        self.process.kill()
         self.process.join(PATIENCE_S)
 
     def stop(self) -> None:
@@ -138,9 +142,7 @@ class World:
     def close(self) -> None:
         """End whoever is left."""
         for rank in self.ranks:
-            if rank.process.is_alive():
-                os.kill(rank.process.pid, signal.SIGKILL)
-                rank.process.join(PATIENCE_S)
+            rank.kill()
 
 
 @contextmanager

@@ -39,8 +39,10 @@ def checkpointer_of(root: Path, model: nn.Module, **options: Any) -> AsyncCheckp
     )
 
 
-def save_four_times(talk: Talk, rank: int, root: Path, victim: int, trap: str) -> tuple[int, str, str] | None:
-    """Saves 1 to 4; save 2 goes wrong on the victim. At which call who heard of it, and what."""
+def save_three_times(
+    talk: Talk, rank: int, root: Path, victim: int, trap: str
+) -> tuple[int, str, str] | None:
+    """Saves 1 to 3; save 2 goes wrong on the victim. At which call who heard of it, and what."""
     model = model_of(1)
 
     def on_phase(step: int, phase: str) -> None:
@@ -48,13 +50,14 @@ def save_four_times(talk: Talk, rank: int, root: Path, victim: int, trap: str) -
             talk.say("trapped")
             talk.listen()  # for ever: what comes is a signal
 
-    checkpointer = checkpointer_of(root, model, on_phase=on_phase)
+    # One in flight: whatever becomes of a save surfaces at the next call.
+    checkpointer = checkpointer_of(root, model, on_phase=on_phase, max_in_flight=1)
     checkpointer.save(1).wait()
     if rank == victim and trap == "full disk":
-        _native.faults.arm(_native.faults.Op.pwrite, 1, _native.faults.Kind.error, errno.ENOSPC)
+        _native.faults.arm(_native.faults.Op.pwrite, 0, _native.faults.Kind.error, errno.ENOSPC)
     call = 1
     try:
-        for call in (2, 3, 4):
+        for call in (2, 3):
             checkpointer.fence()
             with torch.no_grad():
                 for param in model.parameters():
@@ -68,7 +71,7 @@ def save_four_times(talk: Talk, rank: int, root: Path, victim: int, trap: str) -
         try:
             checkpointer.close()
         except RankError:
-            pass  # of save 3, which fails for want of the same rank
+            pass  # of save 3, where that fails too
     return None
 
 
@@ -77,16 +80,17 @@ def resume(talk: Talk, rank: int, root: Path) -> tuple[int, float]:
     with checkpointer_of(root, model) as checkpointer:
         found = checkpointer.load_latest()
         assert found is not None
-        assert {float(v) for p in model.parameters() for v in p.flatten()} == {float(found.step)}
+        assert {v for p in model.parameters() for v in p.flatten().tolist()} == {float(found.step)}
         checkpointer.save(found.step + 10)
-    return found.step, float(model.weight[0, 0])
+    return found.step, model.weight[0, 0].item()
 
 
-ANY_RANK = ["captured", "planned", "submitted", "checked"]
+# Each phase of one rank or another; the last two of rank 0 are after the rename.
 CASES = [
-    *[(2, phase, "kill") for phase in (*ANY_RANK, "voted")],
-    *[(0, phase, "kill") for phase in (*ANY_RANK, "voted", "manifest", "renamed", "durable")],
-    *[(victim, phase, "stop") for victim in (0, 3) for phase in ("submitted", "voted")],
+    *[(2, phase, "kill") for phase in ("captured", "submitted", "voted")],
+    *[(0, phase, "kill") for phase in ("planned", "checked", "voted", "manifest", "renamed", "durable")],
+    (0, "voted", "stop"),
+    (3, "checked", "stop"),
 ]
 
 
@@ -95,7 +99,7 @@ CASES = [
 def test_the_others_raise_at_the_same_call_and_a_restart_goes_on(
     world: World, tmp_path: Path, victim: int, trap: str, how: str
 ) -> None:
-    ranks = world.start(RANKS, save_four_times, tmp_path, victim, trap)
+    ranks = world.start(RANKS, save_three_times, tmp_path, victim, trap)
     ranks[victim].hear("trapped")
     seen = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
     assert seen <= {"step-1", "step-2"}
@@ -111,22 +115,20 @@ def test_the_others_raise_at_the_same_call_and_a_restart_goes_on(
     for call, kind, text in outcomes:
         assert kind == "RankError"
         assert f"rank {victim} shows no sign of life" in text
-        assert call == (4 if not voted else call)
-    assert len({call for call, _, _ in outcomes}) == 1
+        assert call == 3  # the next call; or the wait() after it
     newest = 2 if whole or voted else 1
     assert world.run(RANKS, resume, tmp_path) == [(newest, float(newest))] * RANKS
-    assert world.run(2, resume, tmp_path) == [(newest + 10, float(newest))] * 2
 
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_full_disk_on_one_rank_is_heard_by_all(world: World, tmp_path: Path, victim: int) -> None:
-    outcomes = world.run(RANKS, save_four_times, tmp_path, victim, "full disk")
+    outcomes = world.run(RANKS, save_three_times, tmp_path, victim, "full disk")
     for rank, (call, kind, text) in enumerate(outcomes):
-        assert call == 4
+        assert call == 3
         assert kind == ("WriteError" if rank == victim else "RankError")
         assert "ENOSPC" in text
         assert rank == victim or f"rank {victim}" in text
-    assert world.run(RANKS, resume, tmp_path) == [(3, 3.0)] * RANKS  # save 3 went well
+    assert world.run(RANKS, resume, tmp_path) == [(1, 1.0)] * RANKS
 
 
 def save_something_else(talk: Talk, rank: int, root: Path, what: str) -> list[tuple[str, str]]:
