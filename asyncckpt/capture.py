@@ -15,7 +15,7 @@ import torch
 
 from . import devices
 from .plan import Planned, span_nbytes
-from .shards import local_of
+from .shards import is_partial, local_of
 from .tree import flatten, rebuilt, tensors_in
 
 _DEVICE_NBYTES_MAX = 16 << 20  # copies of what is on devices stay there, on the stream that changes it
@@ -53,7 +53,7 @@ def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> 
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal forward_changes
-        if tensor.layout != torch.strided or not devices.is_reachable(tensor):
+        if tensor.layout != torch.strided or not devices.is_reachable(tensor) or is_partial(tensor):
             return tensor  # the planner refuses it by name
         local = local_of(tensor)
         key = (

@@ -54,6 +54,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def is_partial(tensor: torch.Tensor) -> bool:
+    """Whether its value is a sum over ranks that was not formed yet; copying it would be a collective."""
+    return is_sharded(tensor) and any(p.is_partial() for p in tensor.placements)  # type: ignore[attr-defined]
+
+
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """The plain tensor whose memory it is; itself, most of the time."""
     if type(tensor) is torch.Tensor or not is_sharded(tensor):
@@ -93,11 +98,8 @@ def _block(name: str, tensor: torch.Tensor, mesh: Any, placements: Sequence[Any]
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    for placement in placements:
-        if placement.is_partial():
-            raise LeafError(
-                f"{name} cannot be saved: it holds partial sums ({placement}); redistribute it first"
-            )
+    if is_partial(tensor):
+        raise LeafError(f"{name} cannot be saved: it holds partial sums ({placements}); redistribute it")
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise LeafError(f"{name} cannot be saved: this rank is not in its mesh")

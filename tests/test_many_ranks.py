@@ -1,0 +1,331 @@
+"""What several ranks do together besides training: fall back, roll back, share the work, stay in bounds."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from asyncckpt import AsyncCheckpointer
+from asyncckpt.errors import CheckpointError, LeafError, OptionError
+from tests.process_world import Talk, World, process_world
+
+RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with process_world() as made:
+        yield made
+
+
+def checkpointer_of(root: Path, **options: Any) -> AsyncCheckpointer:
+    return AsyncCheckpointer(
+        root, **{"host_memory": 8 << 20, "rank_timeout_s": 30, "fence_timeout_s": 60, **options}
+    )
+
+
+class Sharded(nn.Module):
+    """Rows on the ranks in turn, all of one value."""
+
+    def __init__(self, value: float, rows: int = 2050, columns: int = 1024) -> None:
+        super().__init__()
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+        whole = torch.full((rows, columns), float(value))
+        self.weight = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]), requires_grad=False)
+
+    def values(self) -> set[float]:
+        weight: Any = self.weight
+        return set(weight.to_local().flatten().tolist())
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+def save_steps(talk: Talk, rank: int, root: Path, steps: list[int], keep_last: int | None = None) -> None:
+    model = Sharded(0)
+    with checkpointer_of(root, model=model, keep_last=keep_last) as checkpointer:
+        for step in steps:
+            model.weight.fill_(step)
+            checkpointer.save(step)
+            checkpointer.fence()
+
+
+def load_latest(talk: Talk, rank: int, root: Path) -> tuple[Any, set[float], list[str], str]:
+    """The step that was loaded, or the error; what is live then; what was passed over; what save() says."""
+    model = Sharded(-1)
+    found: Any
+    passed: list[str] = []
+    with checkpointer_of(root, model=model, max_in_flight=1) as checkpointer:
+        try:
+            resume = checkpointer.load_latest()
+            found = resume and resume.step
+            passed = [line.split(":")[0] for line in resume.passed_over] if resume else []
+        except CheckpointError as error:
+            found = f"{type(error).__name__}: {error}"
+        try:
+            checkpointer.save(10_000).wait()
+            refused = ""
+        except CheckpointError as error:
+            refused = str(error)
+    return found, model.values(), passed, refused
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0x40
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("offset", [0, 1 << 20, -1000], ids=["header", "tensor", "directory"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__3_0.distcp", "rank_00002.pt"])
+def test_damage_on_one_rank_makes_all_fall_back(world: World, tmp_path: Path, name: str, offset: int) -> None:
+    world.run(RANKS, save_steps, tmp_path, [1, 2])
+    path = tmp_path / "step-2" / name
+    flip(path, offset if offset < path.stat().st_size else 700)
+    for found, values, passed, refused in world.run(RANKS, load_latest, tmp_path):
+        assert found == 1
+        assert values == {1.0}
+        assert passed == ["step 2"]
+        assert refused == ""
+
+
+def test_when_nothing_is_good_all_raise_and_none_saves(world: World, tmp_path: Path) -> None:
+    world.run(RANKS, save_steps, tmp_path, [1, 2])
+    for step in (1, 2):
+        flip(tmp_path / f"step-{step}" / "__2_0.distcp", 1 << 20)
+    for found, _, _, refused in world.run(RANKS, load_latest, tmp_path):
+        assert found.startswith("NoIntactStepError: ")
+        assert "step-2/__2_0.distcp" in found
+        assert "until a load succeeds" in refused
+
+
+def load_misfit(talk: Talk, rank: int, root: Path) -> tuple[str, set[float]]:
+    model = Sharded(-1, rows=2051 if rank == 2 else 2050) if rank == 2 else Sharded(-1)
+    with checkpointer_of(root, model=model) as checkpointer:
+        try:
+            checkpointer.load_latest()
+            return "loaded", model.values()
+        except CheckpointError as error:
+            checkpointer.load  # noqa: B018 -- it is still usable
+            return f"{type(error).__name__}: {error}", model.values()
+
+
+def test_what_does_not_fit_one_rank_changes_nothing_on_any(world: World, tmp_path: Path) -> None:
+    world.run(RANKS, save_steps, tmp_path, [1])
+    outcomes = world.run(RANKS, load_misfit, tmp_path)
+    assert [values for _, values in outcomes] == [{-1.0}] * RANKS
+    for rank, (said, _) in enumerate(outcomes):
+        assert said.startswith("MismatchError: " if rank == 2 else "RankError: rank 2 could not load")
+        assert "float32[2051, 1024] here" in said
+
+
+def roll_back(talk: Talk, rank: int, root: Path) -> list[int]:
+    model = Sharded(-1)
+    with checkpointer_of(root, model=model) as checkpointer:
+        assert checkpointer.load(400).step == 400
+        for step in (450, 500):
+            model.weight.fill_(step + 0.5)
+            checkpointer.save(step)
+            checkpointer.wait()
+        return checkpointer.steps()
+
+
+def test_going_back_begins_a_new_timeline_for_all(world: World, tmp_path: Path) -> None:
+    world.run(RANKS, save_steps, tmp_path, [400, 450, 500, 550])
+    assert world.run(RANKS, roll_back, tmp_path) == [[400, 450, 500]] * RANKS
+    for found, values, _, _ in world.run(RANKS, load_latest, tmp_path):
+        assert found == 500
+        assert values == {500.5}
+
+
+def test_retention_is_the_first_ranks(world: World, tmp_path: Path) -> None:
+    world.run(RANKS, save_steps, tmp_path, [1, 2, 3, 4], 2)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["step-3", "step-4"]
+
+
+def load_another(talk: Talk, rank: int, root: Path) -> str:
+    with checkpointer_of(root, model=Sharded(0)) as checkpointer:
+        try:
+            checkpointer.load(2 if rank == 1 else 1)
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def test_ranks_that_load_different_steps_are_told(world: World, tmp_path: Path) -> None:
+    world.run(2, save_steps, tmp_path, [1, 2])
+    for said in world.run(2, load_another, tmp_path):
+        assert "rank 1 loads step 2 where rank 0 loads step 1" in said
+
+
+# ---------------------------------------------------------------------------- what is spread how
+
+
+def save_meshes(talk: Talk, rank: int, root: Path) -> dict[str, torch.Tensor]:
+    """A step of a model that is sharded both ways, and one DTensor of each kind; all of it whole."""
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 6, bias=False))
+    parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    torch.manual_seed(7)
+    model(torch.randn(3, 6)).square().sum().backward()
+    optimizer.step()
+    whole = torch.arange(77, dtype=torch.float64).reshape(7, 11)
+    kinds = {
+        "rows and columns": [Shard(0), Shard(1)],
+        "columns": [Replicate(), Shard(1)],
+        "rows twice": [Shard(0), Shard(0)],
+        "replicated": [Replicate(), Replicate()],
+    }
+    extra = {name: distribute_tensor(whole, mesh, placements) for name, placements in kinds.items()}
+    expected = {f"model.{k}": v.full_tensor() for k, v in model.state_dict().items()}
+    names = {param: name for name, param in model.named_parameters()}
+    for param, values in optimizer.state.items():
+        for key, value in values.items():
+            tensor = value.full_tensor() if isinstance(value, DTensor) else value
+            expected[f"optimizer.state.{names[param]}.{key}"] = tensor
+    expected |= {f"extra.{name}": whole for name in kinds}
+    with checkpointer_of(root, model=model, optimizer=optimizer, extra=extra) as checkpointer:
+        checkpointer.save(1).wait()
+        for param in model.parameters():
+            param.detach().zero_()
+        for tensor in extra.values():
+            tensor.zero_()
+        checkpointer.load(1)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value.full_tensor(), expected[f"model.{name}"])
+        for name, tensor in extra.items():
+            assert torch.equal(tensor.full_tensor(), whole), name
+    return expected
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_meshes_of_two_dimensions_are_read_by_stock_dcp(world: World, tmp_path: Path) -> None:
+    expected = world.run(4, save_meshes, tmp_path)[0]
+    live = {name: torch.zeros_like(value) for name, value in expected.items()}
+    dcp.load(live, checkpoint_id=tmp_path / "step-1", no_dist=True)
+    for name, value in expected.items():
+        assert torch.equal(live[name], value), name
+
+
+def save_partial(talk: Talk, rank: int, root: Path) -> tuple[str, str]:
+    mesh = init_device_mesh("cpu", (2,))
+    from torch.distributed.tensor import Partial
+
+    sums = DTensor.from_local(torch.ones(3), mesh, [Partial()])
+    hidden = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    said = []
+    for extra in ({"sums": sums}, {"deep": (hidden,)}):
+        with checkpointer_of(root, extra=extra, on_error="warn") as checkpointer:
+            with pytest.raises(LeafError) as caught:
+                checkpointer.save(1)
+            said.append(str(caught.value))
+    return said[0], said[1]
+
+
+def test_what_cannot_be_saved_is_named(world: World, tmp_path: Path) -> None:
+    for sums, hidden in world.run(2, save_partial, tmp_path):
+        assert re.search(r"extra\.sums cannot be saved: it holds partial sums", sums)
+        assert "extra.deep" in hidden
+    assert not [path for path in tmp_path.iterdir() if path.name[0] != "."]
+
+
+# ---------------------------------------------------------------------------- bounds and shares
+
+
+def save_replicated(talk: Talk, rank: int, root: Path, nbytes: int, host_memory: int) -> int:
+    """Peak of this process's memory above what it had before there was a checkpointer, in bytes."""
+    state = {f"w{i}": torch.full((nbytes // 16 // 4096, 1024), float(i)) for i in range(16)}
+    state |= {f"b{i}": torch.full((17,), float(i)) for i in range(64)}
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc(5)
+    with checkpointer_of(root, extra=state, host_memory=host_memory) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step)
+            checkpointer.wait()
+    return _memory("VmHWM") - before
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":"))
+
+
+def test_replicated_state_is_written_in_equal_shares_within_bounds(world: World, tmp_path: Path) -> None:
+    host_memory = 16 << 20
+    peaks = world.run(RANKS, save_replicated, tmp_path, 96 << 20, host_memory)
+    assert max(peaks) <= host_memory + (64 << 20), [peak >> 20 for peak in peaks]
+    written = [(tmp_path / "step-2" / f"__{rank}_0.distcp").stat().st_size for rank in range(RANKS)]
+    mean = sum(written) / RANKS
+    assert mean * RANKS >= 96 << 20
+    assert max(abs(nbytes - mean) for nbytes in written) <= 0.05 * mean, written
+
+
+def save_different(talk: Talk, rank: int, root: Path) -> str:
+    records: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record.getMessage())
+
+    logging.getLogger("asyncckpt").addHandler(Keep())
+    extra = {"seen": 100 + rank, "same": "for all"}
+    with checkpointer_of(root, extra=extra) as checkpointer:
+        checkpointer.save(1).wait()
+        checkpointer.save(2).wait()
+    return "\n".join(line for line in records if "not the same" in line)
+
+
+def test_what_differs_is_pointed_out_once(world: World, tmp_path: Path) -> None:
+    said = world.run(3, save_different, tmp_path)
+    assert said[0].startswith("extra.seen is not the same on rank 1 as on rank 0, whose is saved")
+    assert said[0].count("\n") == 0
+    assert said[1:] == ["", ""]
+
+
+def open_wrongly(talk: Talk, rank: int, root: Path) -> list[str]:
+    said = []
+    model = nn.Linear(2, 2)
+    for options in ({"layout": "megatron"}, {"when_busy": "skip"}):
+        try:
+            checkpointer_of(root, model=model, **options).close()
+        except OptionError as error:
+            said.append(str(error))
+    root.write_text("a file")
+    try:
+        checkpointer_of(root, model=model).close()
+    except CheckpointError as error:
+        said.append(f"{type(error).__name__}: {error}")
+    return said
+
+
+def test_wrong_options_are_refused_on_all(world: World, tmp_path: Path) -> None:
+    for rank, (layout, busy, file) in enumerate(world.run(2, open_wrongly, tmp_path / "root")):
+        assert "use 'dcp'" in layout
+        assert "would not skip the same saves" in busy
+        assert file.startswith("RootError: " if rank == 0 else "RankError: rank 0 could not begin: RootError")
+
+
+def save_alone(talk: Talk, rank: int, root: Path) -> int:
+    """Each for itself, although torch.distributed is there."""
+    with checkpointer_of(root / str(rank), model=nn.Linear(2, 2), world_size=1) as checkpointer:
+        return checkpointer.save(1).wait().nbytes
+
+
+def test_a_rank_may_save_by_itself(world: World, tmp_path: Path) -> None:
+    assert len(set(world.run(2, save_alone, tmp_path))) == 1
+    assert {path.name for path in (tmp_path / "1" / "step-1").iterdir()} >= {"__0_0.distcp", ".metadata"}
