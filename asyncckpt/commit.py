@@ -8,6 +8,7 @@ from, `S` the step being saved; "older" means whatever was there before.
     begin                    -        -         older          older       older; hidden leftovers
     files written (engine)   fsynced  -         older          older       older; hidden leftovers
     write_fragment           fsynced  fragment  older          older       older; hidden leftovers
+      [2] the vote           fsynced  fragments older          older       older; hidden leftovers
     publish: "manifest"      fsynced  fsynced   older          older       older; hidden leftovers
       [1] tracker moves back fsynced  fsynced   older          T           T or the old newest
       [1] each step above T  fsynced  fsynced   fewer above T  T           T or the old newest
@@ -21,6 +22,8 @@ from, `S` the step being saved; "older" means whatever was there before.
     [1] only when steps above T are visible: the first save after loading an older step starts a
         new timeline. The steps go lowest first, each fsynced, so that the highest visible number
         is the old newest until the last of them goes, and from then on T: never one in between.
+    [2] where several ranks write: each has fsynced its files, its fragment and the directories before
+        it votes; from here on rank 0 acts alone.
 
 An *error* before the rename discards the hidden directory and leaves the row above it. An error
 after the rename leaves S visible, because S is whole: every byte of it was fsynced. What is not

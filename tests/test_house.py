@@ -33,8 +33,11 @@ def imports_of(path: Path) -> Iterator[str]:
                 yield f"{stem}.{alias.name}"
 
 
-PURE = {"asyncckpt.plan", "asyncckpt.packing", "asyncckpt.trial"}
 GRAPH = {name_of(path): set(imports_of(path)) for path in MODULES}
+
+PURE = {"asyncckpt.plan", "asyncckpt.packing", "asyncckpt.shards", "asyncckpt.trial"} | {
+    name for name in GRAPH if name.startswith("asyncckpt.planners")
+}
 
 
 def users_of(target: str) -> set[str]:
@@ -84,6 +87,14 @@ def test_a_trial_knows_nothing_but_numbers() -> None:
 def test_cupy_is_imported_where_it_is_needed_and_not_before() -> None:
     tree = ast.parse((PACKAGE / "kernels.py").read_text())
     assert not [node for node in tree.body if isinstance(node, ast.Import) and node.names[0].name == "cupy"]
+
+
+def test_only_those_who_agree_know_the_other_ranks() -> None:
+    assert users_of("asyncckpt.ranks") == {
+        "asyncckpt.checkpointer",
+        "asyncckpt.committer",
+        "asyncckpt.loader",
+    }
 
 
 def test_commit_and_lease_know_nothing_of_torch() -> None:
