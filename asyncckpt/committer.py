@@ -182,7 +182,9 @@ class Committer:
             visible = visible or phase == "renamed"
             save.mark(phase)
             if phase == "manifest":
-                self._check_lease(save)  # the last look: a suspended process may have lost it meanwhile
+                # The last look: a suspended process may have lost the lease, or the trust of others.
+                self._check_lease(save)
+                self._ranks.claim(save.call)
 
         try:
             fragments = self._fragments(save, attempt, files)

@@ -39,6 +39,7 @@ _Result = TypeVar("_Result")
 _POLL_S = (0.001, 0.05)  # the first pause, and the longest: a vote takes as long as the slowest disk
 _LOOK_AROUND_S = 2.0  # how often those who are waited for are asked for signs of life
 _BEATS_PER_SILENCE = 6
+_CLAIMED = 1 << 32  # more than ranks can count
 _CALL_TIMEOUT_S = 30.0  # a store that answers no single call for so long is gone
 _VALUE_NBYTES_MAX = 4 << 20  # TCPStore refuses values of more than 8 MiB
 
@@ -407,6 +408,17 @@ class Ranks:
             found.append(known[1])
         return found
 
+    def claim(self, save: int) -> None:
+        """Rank 0, right before the step becomes visible: from here on the others wait for the outcome.
+
+        Raises:
+            RankError: too late, another rank took this one for dead and has failed the save.
+        """
+        if self._client is None:
+            return
+        if self._client.add(f"{self._run}/{save}/decided", _CLAIMED) != _CLAIMED:
+            raise RankError("another rank took rank 0 for dead and gave the save up")
+
     def announce(self, save: int, outcome: Outcome) -> None:
         """Rank 0: tell all how it ended."""
         if self._client is None:
@@ -432,7 +444,16 @@ class Ranks:
         """
         assert self._client is not None
         key = f"{self._run}/{save}/outcome"
-        self._await([key], [0], "to publish")
+        try:
+            self._await([key], [0], "to publish")
+        except RankError:
+            # Rank 0 may only be slow. Whoever comes first decides: it to publish, or we to go on without.
+            if self._client.add(f"{self._run}/{save}/decided", 1) < _CLAIMED:
+                raise
+            try:
+                self._await([key], [0], "to publish")
+            except RankError as silent:
+                raise RankError(f"{silent} It was about to publish: the step may be there, whole") from silent
         outcome = Outcome.from_bytes(self._client.get(key))
         self._hear()
         return outcome

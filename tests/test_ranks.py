@@ -281,6 +281,31 @@ def test_the_dead_are_named_long_before_the_deadline(store: TCPStore) -> None:
         world[1].all_say("ok")
 
 
+def test_a_slow_first_rank_may_not_publish_what_others_gave_up(store: TCPStore) -> None:
+    world = make(store, timeout_s=3600, silence_s=SOON_S)
+    world[1].vote(1, ballot(1))
+    stop_heart(world[0])
+    with pytest.raises(RankError, match="rank 0 shows no sign of life"):
+        world[1].outcome(1)
+    with pytest.raises(RankError, match="another rank took rank 0 for dead"):
+        world[0].claim(1)
+    world[0].claim(2)  # another save
+
+
+def test_others_wait_on_for_a_first_rank_that_has_begun_to_publish(store: TCPStore) -> None:
+    world = make(store, timeout_s=3600, silence_s=SOON_S)
+    stop_heart(world[0])
+    world[0].claim(1)
+    waiting = start(world[1:], lambda ranks: ranks.outcome(1))
+    threading.Event().wait(1.2 * SOON_S)  # now they ask who was first, and wait once more
+    assert not any(future.done() for future in waiting)
+    world[0].announce(1, Outcome())
+    assert [future.result(60) for future in waiting] == [Outcome()] * 3
+    world[0].claim(2)
+    with pytest.raises(RankError, match=r"rank 0 shows no sign .* the step may be there"):
+        world[1].outcome(2)
+
+
 def test_the_living_may_take_their_time(store: TCPStore) -> None:
     world = make(store, timeout_s=3600, silence_s=SOON_S)
     began_s = time.monotonic()
