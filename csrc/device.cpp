@@ -166,38 +166,37 @@ Result Device::copy_as_batch(Way way, const std::vector<DeviceCopy>& copies) {
                                &attributes, &first, 1, &failed_at, stream(way));
 }
 
-DeviceFailure Device::record(Way way, cuda::Event* event) { return record_on(stream(way), event); }
-
-DeviceFailure Device::record(uint64_t caller_stream, cuda::Event* event) {
-  return record_on(reinterpret_cast<cuda::Stream>(static_cast<uintptr_t>(caller_stream)), event);
-}
-
-DeviceFailure Device::record_on(cuda::Stream stream, cuda::Event* event) {
-  const Current current(*this);
-  if (current.result() != kSuccess) return failed("cuCtxPushCurrent", current.result());
+DeviceFailure Device::acquire(cuda::Event* event) {
   *event = nullptr;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!free_events_.empty()) {
       *event = free_events_.back();
       free_events_.pop_back();
+      return {};
     }
   }
-  if (*event == nullptr) {
-    // Whoever waits sleeps until the interrupt: a spinning thread would take a core from training.
-    const Result result =
-        driver_.event_create(event, cuda::kEventBlockingSync | cuda::kEventDisableTiming);
-    if (result != kSuccess) {
-      *event = nullptr;
-      return failed("cuEventCreate", result);
-    }
-  }
-  if (const Result result = driver_.event_record(*event, stream); result != kSuccess) {
-    give_back(*event);
-    *event = nullptr;
-    return failed("cuEventRecord", result);
-  }
-  return {};
+  const Current current(*this);
+  if (current.result() != kSuccess) return failed("cuCtxPushCurrent", current.result());
+  // Whoever waits sleeps until the interrupt: a spinning thread would take a core from training.
+  const Result result =
+      driver_.event_create(event, cuda::kEventBlockingSync | cuda::kEventDisableTiming);
+  if (result == kSuccess) return {};
+  *event = nullptr;
+  return failed("cuEventCreate", result);
+}
+
+DeviceFailure Device::record(Way way, cuda::Event event) { return record_on(stream(way), event); }
+
+DeviceFailure Device::record(uint64_t caller_stream, cuda::Event event) {
+  return record_on(reinterpret_cast<cuda::Stream>(static_cast<uintptr_t>(caller_stream)), event);
+}
+
+DeviceFailure Device::record_on(cuda::Stream stream, cuda::Event event) {
+  const Current current(*this);
+  if (current.result() != kSuccess) return failed("cuCtxPushCurrent", current.result());
+  const Result result = driver_.event_record(event, stream);
+  return result == kSuccess ? DeviceFailure{} : failed("cuEventRecord", result);
 }
 
 DeviceFailure Device::order_after(Way way, cuda::Event event) {

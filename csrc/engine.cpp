@@ -24,6 +24,10 @@ namespace {
 // Added to the nice value of the writers.
 constexpr int kWritersNice = 5;
 
+DeviceFailure all_lost() {
+  return {"staging", "devices refused to say when they are done with any of this memory"};
+}
+
 double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -158,7 +162,8 @@ void Engine::close() {
   }
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
-  arena_.release();
+  if (lost_chunks_ > 0) arena_.abandon();
+  else arena_.release();
 }
 
 bool Engine::forked() const { return ::getpid() != owner_; }
@@ -241,7 +246,9 @@ std::shared_ptr<Job> Engine::submit(std::string directory,
   for (const CallerStream& stream : streams) {
     Device* const device = Device::get(driver_, stream.device, &failure);
     job->devices_.push_back({device});
-    failure = device->record(stream.handle, &job->devices_.back().caller_done);
+    cuda::Event& caller_done = job->devices_.back().caller_done;
+    failure = device->acquire(&caller_done);
+    if (!failure) failure = device->record(stream.handle, caller_done);
     if (!failure) continue;
     job->give_events_back();
     throw DeviceError(failure);
@@ -250,6 +257,10 @@ std::shared_ptr<Job> Engine::submit(std::string directory,
   if (stopping_) {
     job->give_events_back();
     throw std::runtime_error("the engine is closed");
+  }
+  if (lost_chunks_ == arena_.chunks()) {
+    job->give_events_back();
+    throw DeviceError(all_lost());
   }
   unfinished_.push_back(job);
   if (!job->all_claimed_) to_fill_.push_back(job);
@@ -280,6 +291,15 @@ void Engine::give_back(Job& job, std::unique_ptr<Job::Chunk> chunk) {
   free_buffers_.push_back(chunk->buffer);
   --job.outstanding_chunks_;
   work_for_copiers_.notify_one();
+}
+
+// In place of giving back. Jobs that wait for a chunk are not left waiting for one that never comes.
+void Engine::lose(Job& job) {
+  --job.outstanding_chunks_;
+  if (++lost_chunks_ < arena_.chunks()) return;
+  const DeviceFailure why = all_lost();
+  for (const JobPtr& other : std::deque<JobPtr>(to_fill_))
+    fail(*other, {why.operation, "", -1, -1, 0, why.reason});
 }
 
 // Moves the job to the phases it has reached.
@@ -470,12 +490,22 @@ void Engine::enqueue(Job& job, Job::Chunk& chunk, Filling& filling) {
     if (filling.failed()) return;
     filling.error_number = faults::check(faults::Op::copy).error_number;
     if (filling.failed()) return;
-    DeviceFailure failure = from.device->copy(Device::Way::to_host, from.copies);
+    chunk.copying.reserve(filling.from.size());
     cuda::Event event = nullptr;
-    // Also after a failure: some copies may be under way, and the chunk is theirs until they end.
-    const DeviceFailure unrecorded = from.device->record(Device::Way::to_host, &event);
-    if (event != nullptr) chunk.copying.push_back({from.device, event});
-    if (!failure) failure = unrecorded;
+    DeviceFailure failure = from.device->acquire(&event);
+    if (!failure) {
+      chunk.in_doubt = true;
+      failure = from.device->copy(Device::Way::to_host, from.copies);
+      // Also after a failure: some copies may be under way, and the chunk is theirs until they end.
+      const DeviceFailure unrecorded = from.device->record(Device::Way::to_host, event);
+      if (unrecorded) {
+        from.device->give_back(event);
+      } else {
+        chunk.copying.push_back({from.device, event});
+        chunk.in_doubt = false;
+      }
+      if (!failure) failure = unrecorded;
+    }
     if (failure) {
       filling.device_failure = std::move(failure);
       return;
@@ -490,9 +520,11 @@ void Engine::order_after_caller(Job& job, Filling& filling) {
 }
 
 void Engine::record_last_copies(Job& job, Filling& filling) {
-  for (Job::DeviceUse& use : job.devices_)
-    if (DeviceFailure failure = use.device->record(Device::Way::to_host, &use.copies_done))
-      filling.device_failure = std::move(failure);
+  for (Job::DeviceUse& use : job.devices_) {
+    DeviceFailure failure = use.device->acquire(&use.copies_done);
+    if (!failure) failure = use.device->record(Device::Way::to_host, use.copies_done);
+    if (failure) filling.device_failure = std::move(failure);
+  }
 }
 
 // Sleeps until the devices are done with a chunk, oldest first.
@@ -509,7 +541,10 @@ void Engine::complete_loop() {
     lock.unlock();
     DeviceFailure failure;
     for (auto& [device, event] : task.chunk->copying) {
-      if (DeviceFailure one = device->wait(event)) failure = std::move(one);
+      if (DeviceFailure one = device->wait(event)) {
+        task.chunk->in_doubt = true;
+        failure = std::move(one);
+      }
       device->give_back(event);
     }
     task.chunk->copying.clear();
@@ -527,7 +562,9 @@ void Engine::complete_loop() {
 // The chunk has all its bytes, or none will come any more. Expects mutex_ to be held.
 void Engine::filled(const JobPtr& job, std::unique_ptr<Job::Chunk> chunk) {
   --job->filling_;
-  if (job->failed_) {
+  if (chunk->in_doubt) {
+    lose(*job);
+  } else if (job->failed_) {
     give_back(*job, std::move(chunk));
   } else {
     to_checksum_.push_back({job, std::move(chunk)});

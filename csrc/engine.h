@@ -10,6 +10,9 @@
 //     for the job any more, all its data synced if it succeeded.
 //   - A job that fails keeps its first error and stops early. The engine goes on with the others.
 //   - Memory: the arena and nothing that grows with the state.
+//   - A chunk into which a device may still be copying serves nobody else. Where the driver refuses to say
+//     when it has ended, the chunk is lost for good, and the arena stays mapped and pinned for as long as
+//     the process lives. (Its job has failed; what the device still reads for it comes to nothing.)
 //
 // Threads: copiers fill chunks and do nothing else, since that is what training waits for: bytes of
 // the host they copy, copies from devices they enqueue, chunk by chunk. One thread sleeps until the
@@ -120,6 +123,7 @@ class Job {
     size_t nbytes;
     std::vector<Piece> pieces;
     std::vector<std::pair<Device*, cuda::Event>> copying;  // until these have happened
+    bool in_doubt = false;  // copies may be under way whose end nothing tells
   };
   struct DeviceUse {
     Device* device;
@@ -238,6 +242,7 @@ class Engine {
   // The rest expects mutex_ to be held.
   void fail(Job& job, JobError error);
   void give_back(Job& job, std::unique_ptr<Job::Chunk> chunk);
+  void lose(Job& job);
   void advance(Job& job);
 
   Arena arena_;
@@ -255,6 +260,7 @@ class Engine {
   std::deque<Task> to_checksum_;
   std::deque<Task> to_write_;
   std::vector<size_t> free_buffers_;
+  size_t lost_chunks_ = 0;  // that a device may be writing to, for all we will ever know
   std::vector<JobPtr> unfinished_;
   std::vector<Device*> devices_;
   size_t pinned_chunks_ = 0;  // from the first; all of them once pinning has ended, however it did

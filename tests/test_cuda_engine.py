@@ -26,6 +26,7 @@ from tests.cuda_double import (
     Kernel,
 )
 
+faults = _native.faults
 CHUNK = 1 << 14
 DELAY_US_MAX = 300
 FORBIDDEN = {
@@ -543,7 +544,78 @@ def test_a_refusal_fails_the_job_by_name_and_nothing_hangs(
         assert "CUDA_ERROR_ILLEGAL_ADDRESS" in said
         assert "cu" in said
         if not sticky:
-            finish(submit(engine, tmp_path, image_of(sources, "again"), sources, STREAMS[:1]))
+            image = image_of(sources, "again")
+            finish(submit(engine, tmp_path, image, sources, STREAMS[:1]))
+            assert (tmp_path / "again").read_bytes() == contents(image, sources)
+
+
+@pytest.mark.parametrize(
+    ("entry_point", "nth", "chunks"),
+    # Events are made only when the pool has none left, which takes a large job.
+    [("cuEventRecord", 1, 1), ("cuEventSynchronize", 0, 1), ("cuEventCreate", 0, 300)],
+)
+def test_a_chunk_that_may_still_be_written_to_serves_nobody_else(
+    double: Double, tmp_path: Path, entry_point: str, nth: int, chunks: int
+) -> None:
+    block, host = Block(double, chunks * CHUNK - 1000), HostBlock(2 * CHUNK, seed=2)
+    with engine_over(double, chunks + 4) as engine:
+        double.hold_copies()
+        double.fail(entry_point, OUT_OF_MEMORY, nth=nth)
+        job = submit(engine, tmp_path, image_of([block], "failed"), [block], STREAMS[:1])
+        assert job.wait_enqueued(60)
+        assert chunks > 1 or job.wait_finished(60)
+        double.wait_copies_held(1)
+        faults.arm(faults.Op.open, 0, faults.Kind.pause)
+        image = image_of([host], "next")
+        after = submit(engine, tmp_path, image, [host], [])
+        assert after.wait_released(60)  # its bytes are in chunks, and not written yet
+        assert faults.wait_for_hits(faults.Op.open, 1)
+        double.release_copies()
+        double.drain()
+        faults.disarm()
+        finish(after)
+        assert job.wait_finished(60)
+        assert job.error is not None
+        assert entry_point in job.error[0]
+    found = (tmp_path / "next").read_bytes()
+    assert found == contents(image, [host])
+    assert after.block_crcs(0) == [zlib.crc32(found[i : i + CHUNK]) for i in range(0, len(found), CHUNK)]
+
+
+@pytest.mark.parametrize(("entry_point", "nth"), [("cuEventRecord", 1), ("cuEventSynchronize", 0)])
+def test_the_arena_outlives_copies_whose_end_nobody_tells(
+    double: Double, tmp_path: Path, entry_point: str, nth: int
+) -> None:
+    before = double.registered_nbytes()
+    block = Block(double, 100)
+    with engine_over(double, chunks=4) as engine:
+        double.hold_copies()
+        double.fail(entry_point, OUT_OF_MEMORY, nth=nth)
+        job = submit(engine, tmp_path, image_of([block]), [block], STREAMS[:1])
+        assert job.wait_finished(60)
+        double.wait_copies_held(1)
+        engine.close()
+        assert double.counter("unregistered_in_use") == 0
+        assert double.registered_nbytes() == before + 4 * CHUNK
+        double.release_copies()
+        double.drain()  # into memory that is there
+
+
+def test_jobs_do_not_wait_for_chunks_that_are_all_lost(double: Double, tmp_path: Path) -> None:
+    block, host = Block(double, 100), HostBlock(100)
+    with engine_over(double, chunks=1) as engine:
+        faults.arm(faults.Op.open, 0, faults.Kind.pause)  # the only chunk is busy until all are queued
+        first = submit(engine, tmp_path, image_of([host], "first"), [host], [])
+        assert faults.wait_for_hits(faults.Op.open, 1)
+        double.fail("cuEventRecord", OUT_OF_MEMORY, nth=1)
+        second = submit(engine, tmp_path, image_of([block], "second"), [block], STREAMS[:1])
+        third = submit(engine, tmp_path, image_of([host], "third"), [host], [])
+        faults.disarm()
+        finish(first)
+        assert "cuEventRecord" in failed_with(second)
+        assert "done with any of this memory" in failed_with(third)
+        with pytest.raises(_native.DeviceError, match="done with any of this memory"):
+            submit(engine, tmp_path, image_of([host], "fourth"), [host], [])
 
 
 def test_an_error_that_comes_late_ends_every_wait(double: Double, tmp_path: Path) -> None:
@@ -743,6 +815,28 @@ def test_a_refusal_while_reading_is_named(double: Double, tmp_path: Path, entry_
     assert "CUDA_ERROR_ILLEGAL_ADDRESS" in error[-1]
 
 
+@pytest.mark.parametrize(("entry_point", "nth"), [("cuEventRecord", 1), ("cuEventSynchronize", 0)])
+def test_a_reading_leaves_buffers_that_a_device_may_still_read(
+    double: Double, tmp_path: Path, entry_point: str, nth: int
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(CHUNK))
+    before = double.registered_nbytes()
+    block, gate = Block(double, CHUNK), threading.Event()
+    stream = double.new_stream(0)
+    held = Kernel(lambda _: gate.wait(30) and None)
+    double.launch(stream, held)
+    double.fail(entry_point, OUT_OF_MEMORY, nth=nth)
+    error = read_into(double, path, [(0, CHUNK, block)], [(0, stream)])
+    assert error is not None
+    assert entry_point in error[1]
+    assert double.counter("unregistered_in_use") == 0
+    assert double.registered_nbytes() == before + 2 * CHUNK
+    gate.set()
+    double.drain()  # out of memory that is there
+    assert block.bytes.tobytes() == path.read_bytes()
+
+
 # ---------------------------------------------------------------------------- checksums
 
 
@@ -755,3 +849,24 @@ def test_checksums_of_device_memory(double: Double) -> None:
         assert crc == zlib.crc32(bytes([nbytes % 251]) * nbytes)
         double.finish(stream)  # of no bytes, nothing had to be waited for
         del kernel
+
+
+@pytest.mark.parametrize(("entry_point", "nth"), [("cuEventRecord", 1), ("cuEventSynchronize", 0)])
+def test_a_checksum_uses_no_buffer_that_a_device_may_still_write_to(
+    double: Double, entry_point: str, nth: int
+) -> None:
+    blocks = [Block(double, 10000, device, seed=device) for device in (0, 1)]
+
+    def crc(block: Block) -> int:
+        return _native.device_crc32(str(double.path), block.device, 0, block.address, block.nbytes)
+
+    crc(blocks[0])
+    pinned = double.registered_nbytes()
+    with double.holding_copies():
+        double.fail(entry_point, OUT_OF_MEMORY, nth=nth)
+        with pytest.raises(_native.DeviceError, match=entry_point):
+            crc(blocks[0])
+        double.wait_copies_held(1)
+    assert crc(blocks[1]) == zlib.crc32(blocks[1].bytes)
+    assert double.registered_nbytes() == pinned + (8 << 20)  # a pair of its own
+    double.drain()
