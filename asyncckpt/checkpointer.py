@@ -41,7 +41,7 @@ from .errors import (
 from .fence import StepFence
 from .filesystem import Filesystem
 from .formats.manifest import checked_metadata
-from .inflight import PhaseObserver, Save, SaveHandle
+from .inflight import ABORT_S, Deadline, PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
 from .lease import RootLease
 from .loader import Loader, Resume
@@ -84,7 +84,7 @@ class AsyncCheckpointer:
         when_busy: what save() does beyond that: "wait" (it shows in `blocked_s`) or "skip" (the handle's
             report says skipped, and a warning is logged).
         fence_timeout_s: after this long in the fence, the save is given up, not training. save() waits as
-            long for room before it raises.
+            long for room before it raises, and close() for a device that hangs.
         save_rng: capture and restore python's, numpy's and torch's generators.
         read_only: only load: no lease, no writes; other runs may own the root.
         on_phase: called with (step, phase) as each phase is reached, on whatever thread reaches it.
@@ -322,9 +322,10 @@ class AsyncCheckpointer:
             return
         if devices.seam.is_capturing():
             raise CaptureError("fence() inside a CUDA graph's capture: call it before")
+        deadline = Deadline(self._fence_timeout_s)
         with self._lock:
             for save in self._in_flight():
-                save.fence(self._fence_timeout_s, on_host)
+                save.fence(deadline, on_host)
             if not on_host:
                 self._state.hold_back_arrays()  # behind the streams that wait for the copies now
             self._fence.passed()
@@ -361,7 +362,7 @@ class AsyncCheckpointer:
         """Check saves that were copied without a fence: this is the first time we can."""
         for save in self._in_flight():
             if not save.checked.is_set() and save.snapshot is not None and save.snapshot.released:
-                save.fence(self._fence_timeout_s)
+                save.fence(Deadline(self._fence_timeout_s))
 
     # -- waiting
 
@@ -391,8 +392,9 @@ class AsyncCheckpointer:
             raise ForkedError("this save belongs to the parent process")
         timeout_s = None if timeout_s is None else min(timeout_s, options.FOREVER_S)
         mine = save.thread == threading.get_ident()
-        if mine and not save.done.is_set() and not save.checked.is_set():
-            snapshot = save.snapshot
+        snapshot = save.snapshot
+        copied = snapshot is None or snapshot.released  # else devices are at it, which may hang
+        if mine and not save.done.is_set() and not (save.checked.is_set() and copied):
             if timeout_s is not None and snapshot is not None and not snapshot.wait_released(timeout_s):
                 raise TimeoutError(f"step {save.step} is not even copied after {timeout_s:g} s")
             self.fence()
@@ -488,6 +490,9 @@ class AsyncCheckpointer:
     def close(self) -> None:
         """Finish every save and give the root up. Closing again does nothing.
 
+        If a device hangs, so that the copies of a save do not end, that save is given up after
+        `fence_timeout_s`, and the memory that the device may still touch is left to it.
+
         Raises:
             SaveError: a save failed, and nobody was told yet. All is closed nevertheless.
         """
@@ -512,7 +517,7 @@ class AsyncCheckpointer:
                     save.checked.set()
             committer.stop()
             self._fence.remove()
-            self._stager.close()
+            self._stager.close(min(self._fence_timeout_s, ABORT_S))
             if self._lease is not None:
                 self._lease.release()
             atexit.unregister(self._at_exit)

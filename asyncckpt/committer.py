@@ -4,7 +4,8 @@ heartbeat of the lease beside it, which nothing holds up.
     written and fenced -> fragment, manifest -> lease still ours -> rename -> tracker -> retention
 
 Guarantees:
-- A save ends, durable or failed, whatever happens to it; whoever waits for it is woken.
+- A save ends, durable or failed, whatever happens to it; whoever waits for it is woken. One that has
+  failed ends soon, also if a device hangs that copies for it: what that may still read is held on.
 - A save that nobody fenced is never committed.
 """
 
@@ -17,12 +18,14 @@ from collections.abc import Callable
 
 from .commit import CheckpointRoot
 from .errors import CheckpointError, RootError, SaveError
-from .inflight import Save
+from .inflight import ABORT_S, Save
 from .lease import RootLease
+from .snapshot import Snapshot
 
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
+_LOOK_S = 0.1  # how often a save that waits for its copies is looked at: it may have failed
 
 
 class Committer:
@@ -31,7 +34,7 @@ class Committer:
     Args:
         keep: keep_last and keep_every of retention.
         on_failure: told of a save that failed, before anybody who waits for it is woken.
-        release_timeout_s: how long a failed save is given to let go of training's memory.
+        fence_timeout_s: how long a fence waits; a failed save has no longer to let go of training's memory.
     """
 
     def __init__(
@@ -40,13 +43,13 @@ class Committer:
         lease: RootLease,
         keep: tuple[int | None, int | None],
         on_failure: Callable[[Save], None],
-        release_timeout_s: float,
+        fence_timeout_s: float,
     ) -> None:
         self._root = root
         self._lease = lease
         self._keep = keep
         self._on_failure = on_failure
-        self._release_timeout_s = release_timeout_s
+        self._release_timeout_s = min(fence_timeout_s, ABORT_S)
         self._said_buffered = self._said_unchecked = self._said_unpinned = False
         self._in_flight: list[Save] = []  # oldest first; replaced, never changed, so reading needs no lock
         self._lock = threading.Lock()
@@ -112,7 +115,7 @@ class Committer:
                 self._check_lease(save)  # the last look: a suspended process may have lost it meanwhile
 
         try:
-            snapshot.wait_released(float("inf"))
+            self._await_release(save, snapshot)
             if save.checked.is_set():
                 snapshot.let_go()
             snapshot.wait_written()
@@ -145,6 +148,12 @@ class Committer:
         except CheckpointError as error:
             _log.warning("older steps could not be removed, the next save tries again: %s", error)
 
+    def _await_release(self, save: Save, snapshot: Snapshot) -> None:
+        while not snapshot.wait_released(_LOOK_S):
+            if save.error is not None:
+                snapshot.give_up(self._release_timeout_s)
+                raise save.error
+
     def _check_lease(self, save: Save) -> None:
         try:
             self._lease.check()
@@ -154,8 +163,9 @@ class Committer:
     def _end(self, save: Save) -> None:
         try:
             if save.error is not None:
-                # The engine may still be looking at the memory that the save holds.
-                save.begun()[0].wait_released(self._release_timeout_s)
+                # Whatever failed, the engine may still be looking at the memory that the save holds.
+                if not save.begun()[0].released:
+                    save.begun()[0].give_up(0)
                 self._on_failure(save)
         finally:
             with self._lock:

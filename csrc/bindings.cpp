@@ -82,12 +82,16 @@ Image make_image(const std::string& path, uint64_t nbytes, nb::bytes literals, I
   return {std::move(image)};
 }
 
+// How long an engine that is dropped, not closed, may take to end.
+constexpr double kDropPatience_s = 60;
+
 // An engine that is abandoned, not destroyed, in a forked child: its threads are the parent's, so
-// joining them would hang, and so would destroying condition variables that they wait for.
+// joining them would hang, and so would destroying condition variables that they wait for. The same where
+// a thread of its own waits for a device that hangs.
 struct EngineHandle {
   explicit EngineHandle(const EngineOptions& options) : engine(new Engine(options)) {}
   ~EngineHandle() {
-    if (!engine->forked()) delete engine;
+    if (!engine->forked() && !abandoned && engine->close(kDropPatience_s)) delete engine;
   }
   EngineHandle(const EngineHandle&) = delete;
   EngineHandle& operator=(const EngineHandle&) = delete;
@@ -98,6 +102,7 @@ struct EngineHandle {
   }
 
   Engine* const engine;
+  bool abandoned = false;  // closing it took too long
 };
 
 std::vector<CallerStream> caller_streams(const Streams& streams) {
@@ -272,12 +277,15 @@ NB_MODULE(_native, m) {
           },
           "directory"_a, "images"_a, "addresses"_a, "sizes"_a, "devices"_a, "streams"_a = Streams(),
           "slabs"_a = nb::none(), nb::keep_alive<0, 1>())
-      .def("close",
-           [](EngineHandle& handle) {
-             Engine& engine = handle.usable();
-             nb::gil_scoped_release release;
-             engine.close();
-           })
+      .def(
+          "close",
+          [](EngineHandle& handle, double timeout_s) {
+            Engine& engine = handle.usable();
+            nb::gil_scoped_release release;
+            handle.abandoned = !engine.close(timeout_s);
+            return !handle.abandoned;
+          },
+          "timeout_s"_a = kForever_s)
       .def_prop_ro("forked", [](EngineHandle& handle) { return handle.engine->forked(); })
       .def_prop_ro("arena_nbytes",
                    [](EngineHandle& handle) { return handle.engine->arena_nbytes(); })

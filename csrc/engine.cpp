@@ -121,6 +121,17 @@ void Job::give_events_back() {
 
 // ---- Engine: construction, submission, end -----------------------------------------------------
 
+// The last thing a thread does is to say so: joining it takes no time then.
+template <typename Body>
+void Engine::start(Body body) {
+  start_thread(threads_, [this, body] {
+    body();
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++ended_threads_;
+    thread_ended_.notify_all();
+  });
+}
+
 Engine::Engine(const EngineOptions& options)
     : arena_(std::max<size_t>(1, options.arena_nbytes / options.chunk_nbytes),
              options.chunk_nbytes),
@@ -132,26 +143,25 @@ Engine::Engine(const EngineOptions& options)
   // Should a thread not be had (a limit on processes), the others must be joined before they are
   // destroyed: else the program ends.
   try {
-    for (unsigned i = 0; i < copiers_; ++i) start_thread(threads_, [this] { copy_loop(); });
-    for (unsigned i = 0; i < std::max(1u, options.writers); ++i)
-      start_thread(threads_, [this] { write_loop(); });
+    for (unsigned i = 0; i < copiers_; ++i) start([this] { copy_loop(); });
+    for (unsigned i = 0; i < std::max(1u, options.writers); ++i) start([this] { write_loop(); });
     if (options.prefault)
-      start_thread(threads_, [this] {
+      start([this] {
         const double begin_s = now_s();
         arena_.prefault(stop_prefault_);
         prefault_s_ = now_s() - begin_s;
       });
   } catch (...) {
-    close();
+    close(kForever_s);
     throw;
   }
 }
 
-Engine::~Engine() { close(); }
+Engine::~Engine() { close(kForever_s); }
 
-void Engine::close() {
+bool Engine::close(double timeout_s) {
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     stopping_ = true;
     stop_prefault_ = true;
     for (const JobPtr& job : std::vector<JobPtr>(unfinished_))
@@ -159,11 +169,16 @@ void Engine::close() {
     work_for_copiers_.notify_all();
     work_for_completer_.notify_all();
     work_for_writers_.notify_all();
+    if (!thread_ended_.wait_for(lock, std::chrono::duration<double>(timeout_s),
+                                [&] { return ended_threads_ == threads_.size(); }))
+      return false;
   }
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
+  ended_threads_ = 0;
   if (lost_chunks_ > 0) arena_.abandon();
   else arena_.release();
+  return true;
 }
 
 bool Engine::forked() const { return ::getpid() != owner_; }
@@ -180,9 +195,9 @@ void Engine::use_device(int ordinal) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (stopping_) throw std::runtime_error("the engine is closed");
   if (devices_.empty()) {
-    start_thread(threads_, [this] { complete_loop(); });
+    start([this] { complete_loop(); });
     try {
-      start_thread(threads_, [this, device] { pin_arena(*device); });
+      start([this, device] { pin_arena(*device); });
     } catch (const std::system_error& error) {
       pinned_chunks_ = arena_.chunks();
       pin_failure_ = {"starting a thread", error.what()};

@@ -45,6 +45,7 @@
 namespace asyncckpt {
 
 constexpr int32_t kNoSlab = -1;
+constexpr double kForever_s = 1e8;  // clocks overflow far beyond
 
 // Sources of one slab lie in one allocation of a device, and whatever lies between two of them may be
 // read too. Where they are as far apart as in the file, with nothing but literals between, one copy
@@ -187,7 +188,8 @@ struct EngineOptions {
 class Engine {
  public:
   explicit Engine(const EngineOptions& options);
-  // As close(). Not to be run in a forked child: leak it there.
+  // As close(), however long that takes. Not to be run in a forked child, nor where close() gave up:
+  // leak it there.
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -204,8 +206,10 @@ class Engine {
                               std::vector<Source> sources,
                               const std::vector<CallerStream>& streams = {});
 
-  // Aborts what is in flight, so that every job finishes, and joins the threads. Idempotent.
-  void close();
+  // Aborts what is in flight, so that every job finishes, and joins the threads. False when that takes
+  // too long, as where a device hangs: then threads, arena and engine must be left as they are, which a
+  // later call may find ended after all. Idempotent.
+  bool close(double timeout_s);
 
   bool forked() const;  // true in a child of the process that made the engine: it has no threads
   size_t arena_nbytes() const { return arena_.nbytes(); }
@@ -224,6 +228,8 @@ class Engine {
 
   struct Filling;
 
+  template <typename Body>
+  void start(Body body);
   void copy_loop();
   void complete_loop();
   void write_loop();
@@ -255,6 +261,7 @@ class Engine {
   std::condition_variable work_for_completer_;
   std::condition_variable work_for_writers_;
   std::condition_variable phase_changed_;
+  std::condition_variable thread_ended_;
   std::deque<JobPtr> to_fill_;
   std::deque<Task> to_complete_;
   std::deque<Task> to_checksum_;
@@ -270,6 +277,7 @@ class Engine {
   std::atomic<double> prefault_s_{-1};
   std::atomic<double> pin_s_{-1};
   std::vector<std::thread> threads_;
+  size_t ended_threads_ = 0;
 };
 
 }  // namespace asyncckpt

@@ -669,6 +669,19 @@ def test_closing_waits_for_what_the_device_still_writes(double: Double, tmp_path
     assert double.counter("unregistered_in_use") == 0
 
 
+def test_closing_gives_up_on_a_device_that_hangs(double: Double, tmp_path: Path) -> None:
+    block = Block(double, 10 * CHUNK)
+    with engine_over(double, chunks=2) as engine:
+        with double.holding_copies():
+            job = submit(engine, tmp_path, image_of([block]), [block], STREAMS[:1])
+            double.wait_copies_held(1)
+            assert not engine.close(0.05)
+            assert not job.released
+        assert job.wait_finished(60)
+        assert engine.close()
+    assert double.counter("unregistered_in_use") == 0
+
+
 def test_a_driver_that_shuts_down_first_is_an_error(double: Double, tmp_path: Path) -> None:
     block = Block(double, 10 * CHUNK)
     with engine_over(double) as engine:

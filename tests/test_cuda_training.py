@@ -6,8 +6,11 @@ Over the driver double. `torch` here knows no CUDA; see `fake_cuda` for what is 
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -467,6 +470,102 @@ def test_other_kinds_of_devices_are_refused_by_name(tmp_path: Path) -> None:
         checkpointer = AsyncCheckpointer(tmp_path, **options)
         with checkpointer, pytest.raises(LeafError, match=rf"{name}.*meta"):
             checkpointer.save(1)
+
+
+# ---------------------------------------------------------------------------- devices that hang
+
+
+@contextmanager
+def hanging(world: FakeCuda) -> Iterator[None]:
+    """Within, the current stream of device 0 does not go on: a collective whose peer died, say."""
+    gate = threading.Event()
+    world.launch(0, lambda: gate.wait(60))
+    try:
+        yield
+    finally:
+        gate.set()
+        world.double.drain()
+
+
+@pytest.mark.parametrize("fenced_by", ["wait", "step"])
+def test_a_stream_that_hangs_ends_the_wait_and_close(world: FakeCuda, tmp_path: Path, fenced_by: str) -> None:
+    job = Job(world)
+    job.step()
+    checkpointer = job.checkpointer(tmp_path, host_memory=1 << 22, fence_timeout_s=0.3)
+    checkpointer.save(1).wait()
+    job.forward_backward()
+    with hanging(world):
+        handle = checkpointer.save(2)
+        if fenced_by == "step":
+            job.optimizer.step()  # the device waits, not the host
+            assert handle.error is None
+        with pytest.raises(SaveTimeoutError, match="given up"):
+            handle.wait()
+        checkpointer.close()
+        assert world.double.counter("unregistered_in_use") == 0
+    assert checkpointer._root.entries()[0].step == 1
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as again:  # the root is free
+        assert again.steps() == [1]
+
+
+def test_close_raises_what_a_stream_that_hangs_did_to_the_saves(
+    world: FakeCuda, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = Job(world)
+    job.step()
+    checkpointer = job.checkpointer(tmp_path, host_memory=1 << 22, fence_timeout_s=0.3)
+    with hanging(world):
+        handles = [checkpointer.save(step) for step in (1, 2)]
+        with pytest.raises(SaveTimeoutError, match="step 1 was given up"):
+            checkpointer.close()
+        assert "host_memory stays taken" in caplog.text
+        assert all(isinstance(handle.error, SaveTimeoutError) for handle in handles)
+        assert world.double.counter("unregistered_in_use") == 0
+    assert world.double.counter("unregistered_in_use") == 0
+    assert list(tmp_path.glob("step-*")) == []
+
+
+def test_what_a_device_may_still_read_is_held_on(world: FakeCuda, tmp_path: Path) -> None:
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path, host_memory=1 << 22, fence_timeout_s=0.3) as checkpointer:
+        with hanging(world):
+            handle = checkpointer.save(1)
+            with pytest.raises(SaveTimeoutError):
+                handle.wait()
+            weight = job.model[0].weight
+            storage = StorageWeakRef(weight.untyped_storage())
+            weight.grad = None
+            weight.data = torch.zeros(1)
+            assert not storage.expired()
+            job.optimizer.state.clear()
+        checkpointer._fence_timeout_s = 60
+        checkpointer.save(1).wait()
+        assert storage.expired()
+
+
+_HANGS_AT_EXIT = """
+import sys, threading, torch
+from asyncckpt import AsyncCheckpointer, devices
+from tests.cuda_double import Double
+from tests.fake_cuda import FakeCuda
+world = FakeCuda(Double()).__enter__()
+devices.seam = world
+extra = {"weight": world.to_device(torch.arange(1000.0))}
+world.synchronize()
+checkpointer = AsyncCheckpointer(sys.argv[1], extra=extra, host_memory=1 << 22, fence_timeout_s=0.3)
+world.launch(0, lambda: threading.Event().wait(600))
+checkpointer.save(1)
+"""
+
+
+def test_a_stream_that_hangs_does_not_keep_a_program_from_ending(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _HANGS_AT_EXIT, str(tmp_path / "root")]
+    ended = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1]
+    )
+    assert ended.returncode == 70, ended.stderr
+    assert "step 1 was given up" in ended.stderr
 
 
 # ---------------------------------------------------------------------------- the guard
