@@ -26,7 +26,6 @@ from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
 from .committer import HEARTBEAT_S, Committer
 from .errors import (
     CaptureError,
-    CheckpointError,
     ClosedError,
     DeviceError,
     ForkedError,
@@ -320,7 +319,7 @@ class AsyncCheckpointer:
         """
         if os.getpid() != self._pid or not self._in_flight():
             return
-        if devices.seam.is_capturing():
+        if devices.is_capturing():
             raise CaptureError("fence() inside a CUDA graph's capture: call it before")
         deadline = Deadline(self._fence_timeout_s)
         with self._lock:
@@ -350,7 +349,7 @@ class AsyncCheckpointer:
             self.fence(on_host=False)
 
     def _check_capture(self) -> None:
-        if devices.seam.is_capturing():
+        if devices.is_capturing():
             raise CaptureError("save() inside a CUDA graph's capture: call it between replays")
         if self._committer is not None and self._fence.step_was_captured and not self._fences_replays:
             raise CaptureError(
@@ -530,7 +529,7 @@ class AsyncCheckpointer:
     ) -> None:
         try:
             self.close()
-        except CheckpointError as failure:
+        except Exception as failure:
             if error is None:
                 raise
             _log.error("besides: %s", failure)  # what ended the block comes first

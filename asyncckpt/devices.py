@@ -63,6 +63,15 @@ def in_use() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
+def is_capturing() -> bool:
+    """Whether work that this thread enqueues now goes into a graph. A device that is lost, and says so at
+    every call, captures nothing; whoever uses it next is told."""
+    try:
+        return seam.is_capturing()
+    except RuntimeError:
+        return False
+
+
 def current_streams(devices: Iterable[int]) -> list[tuple[int, int]]:
     """(device, current stream there) of each device."""
     return [(device, seam.current_stream(device)) for device in devices]

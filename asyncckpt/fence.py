@@ -67,7 +67,7 @@ class StepFence:
         self.passed()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if devices.seam.is_capturing():  # to wait for an event from outside would spoil the graph
+        if devices.is_capturing():  # to wait for an event from outside would spoil the graph
             ours = self._is_ours(optimizer) or _touches(optimizer, [self._params()])
             self.step_was_captured = self.step_was_captured or ours
             return

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import byref, c_int
 from pathlib import Path
 from typing import Any
 
@@ -411,6 +412,46 @@ def test_a_lost_device_is_heard_everywhere(world: FakeCuda, tmp_path: Path) -> N
     assert checkpointer.steps() == [1]
     world.double.reset()
     checkpointer.close()
+
+
+def test_a_lost_device_costs_no_save_that_was_copied_and_hides_no_error(
+    world: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch asks the device whether a stream is captured, and a lost one refuses every call."""
+    job = Job(world)
+    job.step()
+    expected = job.tensors()
+
+    def is_capturing() -> bool:
+        status = c_int()
+        with world.double.context(0):
+            world.double.driver("cuStreamIsCapturing", None, byref(status))
+        return status.value != 0
+
+    monkeypatch.setattr(world, "is_capturing", is_capturing)
+    checkpointer = job.checkpointer(tmp_path, host_memory=1 << 22)
+    faults.arm(faults.Op.pwrite, 0, faults.Kind.pause)
+    handle = checkpointer.save(1)
+    assert handle._save.begun()[0].wait_released(30)  # only the disk is slow
+    world.double.poison(0)
+    threading.Timer(0.1, faults.disarm).start()
+    checkpointer.__exit__(ZeroDivisionError, ZeroDivisionError(), None)  # raises nothing of its own
+    assert handle.error is None
+    world.double.reset()
+    assert torch.equal(stored(tmp_path, "dcp", 1)["model.0.weight"], expected["model.0.weight"])
+
+
+def test_what_close_raises_never_hides_what_ended_the_block(
+    world: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fence(*, on_host: bool = True) -> None:
+        raise RuntimeError("CUDA error")
+
+    checkpointer = Job(world).checkpointer(tmp_path)
+    checkpointer.save(1).wait()
+    monkeypatch.setattr(checkpointer, "fence", fence)
+    checkpointer.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert "besides: CUDA error" in caplog.text
 
 
 def test_with_warn_training_goes_on(world: FakeCuda, tmp_path: Path, caplog: Any) -> None:
