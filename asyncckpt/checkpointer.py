@@ -175,6 +175,7 @@ class AsyncCheckpointer:
             self._stager.use_devices(self._state.devices())
             self._fence = StepFence(
                 fence=self._fence_before_change,
+                before_captured=self._fence_capture,
                 at_risk=self._at_risk,
                 optimizers=self._state.optimizers,
                 model=model,
@@ -347,6 +348,14 @@ class AsyncCheckpointer:
     def _fence_before_change(self) -> None:
         if not self._fences_by_hand:
             self.fence(on_host=False)
+
+    def _fence_capture(self) -> None:
+        if self._fences_by_hand:
+            return
+        deadline = Deadline(min(self._fence_timeout_s, ABORT_S))
+        with self._lock:
+            for save in self._in_flight():
+                save.fence(deadline, captured=True)
 
     def _check_capture(self) -> None:
         if devices.is_capturing():

@@ -21,6 +21,8 @@ class StepFence:
     """Calls `fence` on the training thread before a step or a forward that would tear a save.
 
     Args:
+        before_captured: called in place of `fence` when the step goes into a CUDA graph. It must ask nothing
+            of the driver: to wait for an event from outside, for one, would spoil the graph.
         at_risk: addresses of the storages that saves in flight have not copied yet; asked at every
             optimizer step.
         optimizers: whose state is saved: their steps change that, whatever their parameters are.
@@ -34,11 +36,13 @@ class StepFence:
     def __init__(
         self,
         fence: Callable[[], None],
+        before_captured: Callable[[], None],
         at_risk: Callable[[], Iterable[frozenset[int]]],
         optimizers: Iterable[Any],
         model: Any,
     ) -> None:
         self._fence = fence
+        self._before_captured = before_captured
         self._at_risk = at_risk
         self._optimizers = list(optimizers)
         self._model = model
@@ -67,15 +71,14 @@ class StepFence:
         self.passed()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if devices.is_capturing():  # to wait for an event from outside would spoil the graph
-            ours = self._is_ours(optimizer) or _touches(optimizer, [self._params()])
-            self.step_was_captured = self.step_was_captured or ours
+        if self._pid != os.getpid():  # first of all: a lock of the parent's may be held for good
             return
+        captured = devices.is_capturing()
+        if captured and not self.step_was_captured:
+            self.step_was_captured = self._is_ours(optimizer) or _touches(optimizer, [self._params()])
         at_risk = list(self._at_risk())
-        if not at_risk or self._pid != os.getpid():
-            return
-        if self._is_ours(optimizer) or _touches(optimizer, at_risk):
-            self._fence()
+        if at_risk and (self._is_ours(optimizer) or _touches(optimizer, at_risk)):
+            (self._before_captured if captured else self._fence)()
 
     def _params(self) -> frozenset[int]:
         params = list(self._model.parameters()) if isinstance(self._model, torch.nn.Module) else []

@@ -108,7 +108,7 @@ class Save:
         if snapshot is not None:
             snapshot.abort()
 
-    def fence(self, deadline: Deadline, on_host: bool = True) -> None:
+    def fence(self, deadline: Deadline, on_host: bool = True, captured: bool = False) -> None:
         """Check that nothing was torn, and see to it that training may change everything.
 
         On the thread that is about to change it, before it does. Never raises: a failure is the save's,
@@ -117,6 +117,8 @@ class Save:
         Args:
             on_host: wait until all is copied: then memory may also be freed. Otherwise wait until all
                 copies are on their way, and let this thread's device streams wait for those.
+            captured: the change goes into a CUDA graph, whose replays nothing fences. On the host, then:
+                that asks nothing of the driver.
         """
         snapshot = self.snapshot  # the committer may end a failed save at any moment
         if snapshot is None:
@@ -127,13 +129,13 @@ class Save:
         began_s = time.perf_counter()
         if self.checked.is_set():  # by a fence that left the waiting to devices; what they do is no tear
             if not self._let_pass(snapshot, deadline, on_host):
-                self._give_up(snapshot, deadline)
+                self._give_up(snapshot, deadline, captured)
         else:
             self.decide(snapshot)
             if self._let_pass(snapshot, deadline, on_host):
                 self.decide(snapshot)  # should another thread have written while this one waited
             else:
-                self._give_up(snapshot, deadline)
+                self._give_up(snapshot, deadline, captured)
         self.report.blocked_s += time.perf_counter() - began_s
         self.checked.set()
         if snapshot.released:  # after checked: the committer looks in the other order
@@ -150,14 +152,22 @@ class Save:
             self.fail(error)
         return True
 
-    def _give_up(self, snapshot: Snapshot, deadline: Deadline) -> None:
-        within = f"{deadline.timeout_s:g} s"
-        self.fail(
-            SaveTimeoutError(
-                f"step {self.step} was given up: its tensors were not copied within {within}; "
-                f"raise fence_timeout_s or host_memory, unless a device hangs"
+    def _give_up(self, snapshot: Snapshot, deadline: Deadline, captured: bool) -> None:
+        within = f"its tensors were not copied within {deadline.timeout_s:g} s"
+        if captured:
+            self.fail(
+                TornStateError(
+                    f"step {self.step} was not saved: an optimizer's step was captured into a CUDA graph "
+                    f"meanwhile, and {within}; call fence() before the capture"
+                )
             )
-        )
+        else:
+            self.fail(
+                SaveTimeoutError(
+                    f"step {self.step} was given up: {within}; raise fence_timeout_s or host_memory, "
+                    f"unless a device hangs"
+                )
+            )
         snapshot.wait_released(min(deadline.timeout_s, ABORT_S))
 
     def decide(self, snapshot: Snapshot) -> None:

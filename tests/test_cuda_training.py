@@ -394,6 +394,43 @@ def test_a_captured_step_must_be_fenced_around_its_replay(world: FakeCuda, tmp_p
             assert torch.equal(found, expected["model.0.weight"])
 
 
+@pytest.mark.parametrize("copied", ["in time", "in time, fenced on this stream", "too late"])
+def test_a_step_that_is_captured_while_a_save_is_in_flight_tears_nothing(
+    world: FakeCuda, tmp_path: Path, copied: str
+) -> None:
+    """The graph's replay changes the state behind every hook, so nothing may be left to copy by then."""
+    job = Job(world)
+    job.step()
+    job.forward_backward()
+    world.synchronize()
+    expected = job.tensors()
+    timeout_s = 0.1 if copied == "too late" else 60
+    checkpointer = job.checkpointer(tmp_path, host_memory=1 << 22, fence_timeout_s=timeout_s)
+    checkpointer.save(1).wait()
+    with world.stream(world.new_stream()):
+        world.double.hold_copies()
+        handle = checkpointer.save(2)
+        world.double.wait_copies_held()
+        if "fenced" in copied:
+            checkpointer.fence(on_host=False)  # but replays may come on others
+        if "in time" in copied:
+            threading.Timer(0.1, world.double.release_copies).start()
+        with world.capture() as graph:
+            job.optimizer.step()
+        graph.replay()
+        world.synchronize()
+        world.double.release_copies()
+    if "in time" in copied:
+        checkpointer.close()
+        assert handle.error is None
+        found = stored(tmp_path, "dcp", 2)
+        assert torch.equal(found["model.0.weight"], expected["model.0.weight"])
+    else:
+        with pytest.raises(TornStateError, match=r"captured .* fence\(\) before the capture"):
+            checkpointer.close()
+    assert not torch.equal(job.tensors()["model.0.weight"], expected["model.0.weight"])
+
+
 # ---------------------------------------------------------------------------- devices that fail
 
 
