@@ -111,14 +111,21 @@ std::vector<CallerStream> caller_streams(const Streams& streams) {
   return plain;
 }
 
+// What takes the engine's lock lets go of the GIL for it: that lock's holder may be waiting for a core.
+template <typename Ask>
+auto without_gil(Ask&& ask) {
+  nb::gil_scoped_release release;
+  return ask();
+}
+
 nb::tuple times_of(Job& job) {
-  const JobTimes times = job.times();
+  const JobTimes times = without_gil([&] { return job.times(); });
   return nb::make_tuple(times.enqueued_s, times.released_s, times.written_s, times.finished_s,
                         times.starved_s);
 }
 
 nb::object error_of(Job& job) {
-  const JobError error = job.error();
+  const JobError error = without_gil([&] { return job.error(); });
   if (!error) return nb::none();
   return nb::make_tuple(error.operation, error.path, error.offset, error.source, error.error_number,
                         error.reason);
@@ -213,7 +220,7 @@ NB_MODULE(_native, m) {
       .def("abort", &Job::abort, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("released", &Job::released)
       .def_prop_ro("finished", &Job::finished)
-      .def_prop_ro("direct", &Job::direct)
+      .def_prop_ro("direct", [](Job& job) { return without_gil([&] { return job.direct(); }); })
       .def_prop_ro("error", &error_of)
       .def_prop_ro("times_s", &times_of)
       .def("block_crcs",
@@ -294,7 +301,8 @@ NB_MODULE(_native, m) {
       .def_prop_ro("prefault_s", [](EngineHandle& handle) { return handle.engine->prefault_s(); })
       .def_prop_ro("pin_s", [](EngineHandle& handle) { return handle.engine->pin_s(); })
       .def_prop_ro("pin_failure", [](EngineHandle& handle) {
-        const DeviceFailure failure = handle.usable().pin_failure();
+        Engine& engine = handle.usable();
+        const DeviceFailure failure = without_gil([&] { return engine.pin_failure(); });
         return failure ? failure.operation + ": " + failure.reason : std::string();
       });
 

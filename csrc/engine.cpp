@@ -62,28 +62,18 @@ bool Job::wait_enqueued(double timeout_s) {
 bool Job::wait_released(double timeout_s) {
   std::unique_lock<std::mutex> lock(engine_->mutex_);
   return engine_->phase_changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
-                                          [&] { return released_; });
+                                          [&] { return released(); });
 }
 
 bool Job::wait_finished(double timeout_s) {
   std::unique_lock<std::mutex> lock(engine_->mutex_);
   return engine_->phase_changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
-                                          [&] { return finished_; });
+                                          [&] { return finished(); });
 }
 
 void Job::abort() {
   std::lock_guard<std::mutex> lock(engine_->mutex_);
   if (!finished_) engine_->fail(*this, {"abort", "", -1, -1, ECANCELED, ""});
-}
-
-bool Job::released() {
-  std::lock_guard<std::mutex> lock(engine_->mutex_);
-  return released_;
-}
-
-bool Job::finished() {
-  std::lock_guard<std::mutex> lock(engine_->mutex_);
-  return finished_;
 }
 
 JobError Job::error() {
@@ -102,13 +92,18 @@ bool Job::direct() {
 }
 
 DeviceFailure Job::hold_back(CallerStream stream) {
-  std::lock_guard<std::mutex> lock(engine_->mutex_);
+  std::unique_lock<std::mutex> lock(engine_->mutex_);
   if (!enqueued_) return {"hold_back", "the copies are not enqueued yet"};
   if (released_) return {};  // and its events may serve others already
+  ++holding_back_;
+  lock.unlock();
+  DeviceFailure failure;
   for (const DeviceUse& use : devices_)
     if (use.device->ordinal() == stream.device && use.copies_done != nullptr)
-      return use.device->make_wait(stream.handle, use.copies_done);
-  return {};
+      failure = use.device->make_wait(stream.handle, use.copies_done);
+  lock.lock();
+  if (--holding_back_ == 0 && released_) give_events_back();
+  return failure;
 }
 
 // What waits for them goes on waiting: an event's later records don't matter to it.
@@ -328,10 +323,10 @@ void Engine::advance(Job& job) {
   if (!job.released_ && no_more_claims && job.filling_ == 0) {
     job.released_ = true;
     job.times_.released_s = now_s() - job.submitted_s_;
-    job.give_events_back();
+    if (job.holding_back_ == 0) job.give_events_back();
     phase_changed_.notify_all();
   }
-  const bool done = job.failed_ ? job.released_ : job.unfinished_files_ == 0;
+  const bool done = job.failed_ ? job.released() : job.unfinished_files_ == 0;
   if (!job.finished_ && done && job.outstanding_chunks_ == 0) {
     job.finished_ = true;
     job.times_.finished_s = now_s() - job.submitted_s_;

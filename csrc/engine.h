@@ -95,8 +95,8 @@ class Job {
   // Gives the job up: it fails with operation "abort" unless it has finished or failed before.
   void abort();
 
-  bool released();
-  bool finished();
+  bool released() const { return released_; }
+  bool finished() const { return finished_; }
   JobError error();
   JobTimes times();
   bool direct();  // whether every file was written with O_DIRECT
@@ -158,17 +158,19 @@ class Job {
   std::vector<std::unique_ptr<FileState>> files_;
   std::vector<DeviceUse> devices_;
   std::once_flag ordered_;  // our copies behind the caller's work
-  // All below is guarded by Engine::mutex_.
+  // All below is guarded by Engine::mutex_, under which no driver is called: that may take long, and
+  // Python asks for what is here.
   size_t claiming_file_ = 0;
   size_t outstanding_chunks_ = 0;  // claimed and not yet given back
   size_t enqueuing_ = 0;           // claimed, and a copier is still at it
   size_t filling_ = 0;             // claimed, and copies are still under way
   size_t unfinished_files_ = 0;
+  size_t holding_back_ = 0;  // calls of hold_back() that use the events
   bool all_claimed_ = false;
   bool failed_ = false;
   bool enqueued_ = false;
-  bool released_ = false;
-  bool finished_ = false;
+  std::atomic<bool> released_{false};  // written under the mutex, read also without
+  std::atomic<bool> finished_{false};  // the same
   bool direct_ = true;
   JobError error_;
   JobTimes times_;

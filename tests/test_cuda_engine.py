@@ -424,6 +424,29 @@ def test_the_host_waits_for_nothing_but_the_enqueueing(double: Double, tmp_path:
     assert (block.bytes == 3).all()
 
 
+def test_a_driver_that_takes_its_time_holds_up_nobody_else(double: Double, tmp_path: Path) -> None:
+    """While one thread makes its stream wait, others ask and save, and the copies may end."""
+    block, host = Block(double, 10 * CHUNK), HostBlock(CHUNK)
+    stream = double.new_stream(0)
+    with engine_over(double) as engine:
+        double.hold_copies()
+        job = submit(engine, tmp_path, image_of([block]), [block], [(0, stream)])
+        assert job.wait_enqueued(60)
+        holding_back = threading.Thread(target=job.hold_back, args=(0, stream))
+        with double.stalling("cuStreamWaitEvent"):
+            holding_back.start()
+            double.wait_stalled()
+            assert not job.released
+            assert job.error is None
+            finish(submit(engine, tmp_path, image_of([host], "other"), [host], []))
+            double.release_copies()
+            finish(job)
+            assert holding_back.is_alive()
+        holding_back.join(60)
+    assert not holding_back.is_alive()
+    double.finish(stream)
+
+
 def test_a_small_arena_is_enqueued_only_when_all_of_it_is(double: Double, tmp_path: Path) -> None:
     block = Block(double, 10 * CHUNK)
     with engine_over(double, chunks=2) as engine, double.holding_copies():
