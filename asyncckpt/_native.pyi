@@ -100,6 +100,10 @@ class Engine:
     def pin_failure(self) -> str:
         """Empty when there is none."""
 
+    @property
+    def batch_failure(self) -> str:
+        """The same."""
+
 class FileReads:
     """What to read; see Reading in csrc/reader.h."""
 

@@ -50,7 +50,7 @@ class Committer:
         self._keep = keep
         self._on_failure = on_failure
         self._release_timeout_s = min(fence_timeout_s, ABORT_S)
-        self._said_buffered = self._said_unchecked = self._said_unpinned = False
+        self._said_buffered = self._said_unchecked = self._said_unpinned = self._said_unbatched = False
         self._in_flight: list[Save] = []  # oldest first; replaced, never changed, so reading needs no lock
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
@@ -124,6 +124,11 @@ class Committer:
                 self._said_buffered = True
                 _log.warning(
                     "%s: no O_DIRECT here; files are written through the page cache", self._root.path
+                )
+            if snapshot.batch_failure and not self._said_unbatched:
+                self._said_unbatched = True
+                _log.warning(
+                    "copies from devices go one by one, small tensors are slow: %s", snapshot.batch_failure
                 )
             if snapshot.pin_failure and not self._said_unpinned:
                 self._said_unpinned = True

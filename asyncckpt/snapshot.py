@@ -214,6 +214,11 @@ class Snapshot:
         return self._engine.pin_failure
 
     @property
+    def batch_failure(self) -> str:
+        """Why copies of small tensors are slow: the driver refused them in batches. Empty if all is well."""
+        return self._engine.batch_failure
+
+    @property
     def checked_copies(self) -> bool:
         """Whether memory that goes away fails the save; if not, it may end the process."""
         return _native.copy_is_checked()

@@ -300,9 +300,16 @@ NB_MODULE(_native, m) {
                    [](EngineHandle& handle) { return handle.engine->chunk_nbytes(); })
       .def_prop_ro("prefault_s", [](EngineHandle& handle) { return handle.engine->prefault_s(); })
       .def_prop_ro("pin_s", [](EngineHandle& handle) { return handle.engine->pin_s(); })
-      .def_prop_ro("pin_failure", [](EngineHandle& handle) {
+      .def_prop_ro("pin_failure",
+                   [](EngineHandle& handle) {
+                     Engine& engine = handle.usable();
+                     const DeviceFailure failure =
+                         without_gil([&] { return engine.pin_failure(); });
+                     return failure ? failure.operation + ": " + failure.reason : std::string();
+                   })
+      .def_prop_ro("batch_failure", [](EngineHandle& handle) {
         Engine& engine = handle.usable();
-        const DeviceFailure failure = without_gil([&] { return engine.pin_failure(); });
+        const DeviceFailure failure = without_gil([&] { return engine.batch_failure(); });
         return failure ? failure.operation + ": " + failure.reason : std::string();
       });
 

@@ -70,6 +70,9 @@ class Device {
 
   int ordinal() const { return ordinal_; }
 
+  // Why copies go one by one although the driver knows batches: it refused one, and not the copies in it.
+  DeviceFailure batch_failure();
+
   // Enqueues copies. Host memory that is not registered is copied before this returns.
   // After a failure some of the copies may be under way: record() and wait() all the same. Where these
   // are refused too, nobody can tell when the memory is free again: it must be given up for good.
@@ -102,6 +105,7 @@ class Device {
   DeviceFailure open();
   DeviceFailure failed(const char* operation, cuda::Result result) const;
   DeviceFailure record_on(cuda::Stream stream, cuda::Event event);
+  bool has_batches() const;
   cuda::Result copy_as_batch(Way way, const std::vector<DeviceCopy>& copies);
   cuda::Stream stream(Way way) const { return way == Way::to_host ? to_host_ : to_device_; }
 
@@ -112,6 +116,7 @@ class Device {
   cuda::Stream to_device_ = nullptr;
   std::atomic<bool> batches_{true};  // until the driver refuses one
   std::mutex mutex_;
+  DeviceFailure batch_failure_;
   std::vector<cuda::Event> free_events_;
 };
 

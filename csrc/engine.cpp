@@ -190,7 +190,11 @@ void Engine::use_device(int ordinal) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (stopping_) throw std::runtime_error("the engine is closed");
   if (devices_.empty()) {
-    start([this] { complete_loop(); });
+    try {
+      start([this] { complete_loop(); });
+    } catch (const std::system_error& error) {
+      throw DeviceError({"starting a thread", error.what()});
+    }
     try {
       start([this, device] { pin_arena(*device); });
     } catch (const std::system_error& error) {
@@ -218,6 +222,13 @@ void Engine::pin_arena(Device& device) {
 DeviceFailure Engine::pin_failure() {
   std::lock_guard<std::mutex> lock(mutex_);
   return pin_failure_;
+}
+
+DeviceFailure Engine::batch_failure() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (Device* device : devices_)
+    if (DeviceFailure failure = device->batch_failure()) return failure;
+  return {};
 }
 
 std::shared_ptr<Job> Engine::submit(std::string directory,
@@ -390,9 +401,10 @@ void Engine::copy_loop() {
     const JobPtr job = to_fill_.front();
     const size_t buffer = take_buffer(*job);
     if (buffer == arena_.chunks()) {
+      const bool starved = free_buffers_.empty();  // else what is free is not pinned yet
       const double begin_s = now_s();
       work_for_copiers_.wait(lock);
-      job->times_.starved_s += (now_s() - begin_s) / copiers_;
+      if (starved) job->times_.starved_s += (now_s() - begin_s) / copiers_;
       continue;
     }
 

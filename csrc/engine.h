@@ -219,6 +219,7 @@ class Engine {
   double prefault_s() const { return prefault_s_; }  // negative until done
   double pin_s() const { return pin_s_; }            // the same
   DeviceFailure pin_failure();                       // why part of the arena is not pinned
+  DeviceFailure batch_failure();                     // of the first device that refused: see Device
 
  private:
   friend class Job;

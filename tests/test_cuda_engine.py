@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -211,6 +213,22 @@ def test_a_refused_batch_is_copied_one_by_one() -> None:
             finish(submit(engine, Path(directory), image, sources, STREAMS[:1]))
             assert Path(directory, "file").read_bytes() == contents(image, sources)
         assert double.count("cuMemcpyDtoHAsync_v2") == len(sources)
+
+
+def test_a_batch_that_is_refused_is_tried_once(tmp_path: Path) -> None:
+    for double in fresh("BATCH_V1_ONLY"):  # a library of its own, as above
+        sources = [Block(double, 100, seed=i) for i in range(20)]
+        with engine_over(double) as engine:
+            finish(submit(engine, tmp_path, image_of(sources, "batched"), sources, STREAMS[:1]))
+            assert double.count("cuMemcpyBatchAsync") == 1
+            assert engine.batch_failure == ""
+            double.fail("cuMemcpyBatchAsync", OUT_OF_MEMORY)
+            for name in ("refused", "after"):
+                image = image_of(sources, name)
+                finish(submit(engine, tmp_path, image, sources, STREAMS[:1]))
+                assert (tmp_path / name).read_bytes() == contents(image, sources)
+            assert double.count("cuMemcpyBatchAsync") == 2
+            assert "cuMemcpyBatchAsync: device 0: CUDA_ERROR_OUT_OF_MEMORY" in engine.batch_failure
 
 
 def test_nothing_waits_for_a_whole_stream_or_context(any_driver: Double, tmp_path: Path) -> None:
@@ -510,6 +528,17 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(double: Double, tmp_path:
     assert double.counter("pageable") > 0
 
 
+def test_waiting_for_pinned_memory_is_not_the_disks_doing(double: Double, tmp_path: Path) -> None:
+    block = Block(double, 100)
+    with engine_over(double, chunks=4) as engine:
+        with double.stalling("cuMemHostRegister_v2"):
+            job = submit(engine, tmp_path, image_of([block]), [block], STREAMS[:1])
+            double.wait_stalled()
+            assert not job.wait_enqueued(0.1)
+        finish(job)
+        assert job.times_s[4] == 0
+
+
 def test_threads_keep_their_context(double: Double, tmp_path: Path) -> None:
     import ctypes
 
@@ -729,6 +758,34 @@ def test_no_driver_no_device_no_stream(double: Double, tmp_path: Path) -> None:
         with pytest.raises(_native.DeviceError, match=said):
             engine.use_device(0)
         engine.close()
+
+
+_NO_MORE_THREADS = """
+import resource, sys
+from asyncckpt import _native
+engine = _native.Engine(
+    arena_nbytes=4096, chunk_nbytes=4096, copiers=1, writers=1, direct=True, prefault=False,
+    driver=sys.argv[1],
+)
+try:
+    _native.device_crc32(sys.argv[1], 0, 0, 0, 0)  # the driver is loaded, with all threads of its own
+except _native.DeviceError:
+    pass
+with open("/proc/self/statm") as statm:
+    resource.setrlimit(resource.RLIMIT_AS, (int(statm.read().split()[0]) * 4096 + (1 << 20),) * 2)
+try:
+    engine.use_device(0)
+except _native.DeviceError as error:
+    sys.exit(0 if "starting a thread" in str(error) else f"said {error}")
+sys.exit("a thread was to be had")
+"""
+
+
+def test_a_thread_that_cannot_be_had_is_the_devices_failure(double: Double) -> None:
+    """There is no room for the stack of another."""
+    command = [sys.executable, "-c", _NO_MORE_THREADS, str(double.path)]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_an_old_driver_is_named() -> None:
