@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar
 
 from . import devices, memory, options
-from .capture import capture, capture_hidden
+from .capture import Reserve, capture, capture_hidden
 from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
 from .committer import HEARTBEAT_S, Committer
 from .errors import (
@@ -69,7 +69,8 @@ class AsyncCheckpointer:
         layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint) or "megatron"
             (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker).
         host_memory: bytes that staging may take, all in all. A state that is larger streams through;
-            then the step fence waits for the disk. Default: see `memory.default_host_memory_bytes`.
+            then the step fence waits for the disk. Default: see `memory.default_host_memory_bytes`. With
+            guard="full", checksums of what is on CUDA devices take 8 MiB more, once for the process.
         writers: threads that write to disk.
         keep_last: steps to keep, by order of commit; None keeps all.
         keep_every: also keep steps divisible by this.
@@ -94,6 +95,7 @@ class AsyncCheckpointer:
     Raises:
         RootError: the root is a file or not writable; RootBusyError: another live run owns it.
         OptionError: an option makes no sense.
+        DeviceError: the state is on a CUDA device, and there is no driver, or it refuses.
     """
 
     def __init__(
@@ -239,17 +241,17 @@ class AsyncCheckpointer:
         model = self._state.model
         tree = self._state.capture(save.step)
         save.report.state_dict_s = dict(self._state.capture_s)
-        in_use_nbytes = sum(other.report.captured_nbytes for other in self._in_flight())
-        reserve_nbytes = self._stager.reserve_nbytes - in_use_nbytes
-        captured = capture(tree, model.buffers() if model else set(), reserve_nbytes)
+        reserve = Reserve(self._stager.reserve_nbytes, [other.report for other in self._in_flight()])
+        captured = capture(tree, model.buffers() if model else set(), reserve)
         save.mark("captured")
         planned = self._planner.plan(captured.tree)
-        captured, planned = capture_hidden(captured, planned, reserve_nbytes)
+        captured, planned = capture_hidden(captured, planned, reserve)
         save.mark("planned")
         if captured.forward_changes:
             self._fence.before_forward()
         save.report.nbytes = planned.plan.nbytes
-        save.report.captured_nbytes = captured.nbytes
+        save.report.captured_nbytes = reserve.host_nbytes + reserve.device_nbytes
+        save.report.captured_on_devices_nbytes = reserve.device_nbytes
         save.report.pickled_nbytes = planned.plan.pickled_nbytes
         if planned.replanned:
             for name, kind in planned.plan.untrusted:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from asyncckpt import AsyncCheckpointer, _native, devices
+from asyncckpt import AsyncCheckpointer, _native, capture, devices
 from asyncckpt.errors import CaptureError, DeviceError, LeafError, SaveError, SaveTimeoutError, TornStateError
 from asyncckpt.snapshot import Snapshot
 from tests.cuda_double import ILLEGAL_ADDRESS, OUT_OF_MEMORY, Double
@@ -518,6 +518,57 @@ def test_a_device_that_fails_while_loading(world: FakeCuda, tmp_path: Path) -> N
             checkpointer.save(2)
         assert checkpointer.load_latest() is not None
         checkpointer.save(2).wait()
+
+
+def test_a_device_without_room_for_copies_costs_no_save(
+    world: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What cannot be copied inside save() is watched, as what is too large is."""
+    job = Job(world)
+    job.step()
+    expected = job.tensors()
+    job.extra["hidden"] = Hidden(world.to_device(torch.arange(10.0)))
+    tried = []
+
+    def refuse(*_: Any) -> Any:
+        tried.append(True)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr(world._allocator, "new_storage", refuse)
+            handle = checkpointer.save(1)
+        assert len(tried) == 1  # each try makes torch empty its cache
+        assert "CUDA out of memory" in caplog.text
+        assert handle.wait().captured_on_devices_nbytes == 0
+        handle = checkpointer.save(2)
+        assert handle.wait().captured_on_devices_nbytes > 0
+    found = stored(tmp_path, "dcp", 1)["model.1.running_mean"]
+    assert torch.equal(found, expected["model.1.running_mean"])
+
+
+class Hidden:
+    """A container to nobody but pickle."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_all_saves_in_flight_share_one_reserve_on_devices(
+    world: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "_DEVICE_NBYTES_MAX", 1 << 14)
+    extra = {
+        "plain": world.to_device(torch.zeros(3 << 10)),
+        "hidden": Hidden(world.to_device(torch.zeros(3 << 10))),
+        "host": torch.zeros(100),
+    }
+    with AsyncCheckpointer(tmp_path, extra=extra, host_memory=1 << 22) as checkpointer:
+        checkpointer.save(1).wait()
+        with world.double.holding_copies():
+            reports = [checkpointer.save(step).report for step in (2, 3)]
+            assert [r.captured_on_devices_nbytes for r in reports] == [12 << 10, 0]
+            assert all(r.captured_nbytes - r.captured_on_devices_nbytes >= 400 for r in reports)
 
 
 def test_memory_that_is_not_pinned_is_said_once(
