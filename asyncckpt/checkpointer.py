@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from . import devices, memory, options
+from . import memory, options
 from .capture import Reserve, capture, capture_hidden
 from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
 from .committer import HEARTBEAT_S, Committer
@@ -181,6 +181,7 @@ class AsyncCheckpointer:
                 at_risk=self._at_risk,
                 optimizers=self._state.optimizers,
                 model=model,
+                used=self._state.devices(),
             )
             undo.callback(self._fence.remove)
             self._committer = Committer(
@@ -193,6 +194,9 @@ class AsyncCheckpointer:
 
     def save(self, step: int, *, metadata: Mapping[str, Any] | None = None) -> SaveHandle:
         """Save the state as it is now; returns as soon as that is certain to succeed or be heard of.
+
+        On CUDA "now" is when this thread's current streams have done what they have, and the streams on
+        which optimizers stepped. Work on other streams must be ordered before one of these by the caller.
 
         Args:
             step: greater than every step of this timeline. After loading an older step, the steps above
@@ -238,6 +242,7 @@ class AsyncCheckpointer:
         return SaveHandle(save, self._settle)
 
     def _begin(self, save: Save, committer: Committer) -> None:
+        self._order_after_steps()
         model = self._state.model
         tree = self._state.capture(save.step)
         save.report.state_dict_s = dict(self._state.capture_s)
@@ -247,6 +252,7 @@ class AsyncCheckpointer:
         planned = self._planner.plan(captured.tree)
         captured, planned = capture_hidden(captured, planned, reserve)
         save.mark("planned")
+        self._fence.note_streams(planned.used_devices())
         if captured.forward_changes:
             self._fence.before_forward()
         save.report.nbytes = planned.plan.nbytes
@@ -272,6 +278,12 @@ class AsyncCheckpointer:
                 save.snapshot.abort()
             self._root.discard(attempt)
             raise
+
+    def _order_after_steps(self) -> None:
+        try:
+            self._fence.order_after_steps()
+        except RuntimeError as error:
+            raise DeviceError(f"ordering the save after optimizers' streams: {error}") from error
 
     def _check_step(self, step: int) -> None:
         for save in self._in_flight():
@@ -320,9 +332,14 @@ class AsyncCheckpointer:
         Raises:
             CaptureError: this thread's current stream is being captured.
         """
-        if os.getpid() != self._pid or not self._in_flight():
+        if os.getpid() != self._pid or self._committer is None:
             return
-        if devices.is_capturing():
+        capturing = self._fence.is_capturing()
+        if not on_host and not capturing:
+            self._fence.note_streams()  # what comes now may change the state
+        if not self._in_flight():
+            return
+        if capturing:
             raise CaptureError("fence() inside a CUDA graph's capture: call it before")
         deadline = Deadline(self._fence_timeout_s)
         with self._lock:
@@ -360,9 +377,11 @@ class AsyncCheckpointer:
                 save.fence(deadline, captured=True)
 
     def _check_capture(self) -> None:
-        if devices.is_capturing():
+        if self._committer is None:
+            return
+        if self._fence.is_capturing():
             raise CaptureError("save() inside a CUDA graph's capture: call it between replays")
-        if self._committer is not None and self._fence.step_was_captured and not self._fences_replays:
+        if self._fence.step_was_captured and not self._fences_replays:
             raise CaptureError(
                 "an optimizer's step was captured into a CUDA graph, and replays run no hooks: replay it "
                 'through ckpt.fenced(graph.replay), or pass fencing="manual" and call fence() yourself'

@@ -9,7 +9,7 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from ctypes import byref, c_int
 from pathlib import Path
@@ -347,6 +347,89 @@ def test_a_state_dict_that_waits_for_the_device_is_reported(world: FakeCuda, tmp
     assert report.state_dict_s["model"] < report.state_dict_s["extra"]
 
 
+# ---------------------------------------------------------------------------- other streams
+
+
+@pytest.mark.parametrize("how", ["step", "fenced", "saved elsewhere", "saved twice"])
+@pytest.mark.parametrize("guard", ["versions", "full"])
+def test_a_save_comes_after_steps_on_other_streams(
+    world: FakeCuda, tmp_path: Path, how: str, guard: Any
+) -> None:
+    """The stream that is current at save() knows nothing of the step, and the step is late."""
+    job = Job(world)
+    job.step()
+    job.extra["buffer"] = world.to_device(torch.zeros(100))
+    world.synchronize()
+    with job.checkpointer(tmp_path, host_memory=1 << 22, guard=guard) as checkpointer:
+        checkpointer.save(1).wait()
+        job.forward_backward()
+        world.synchronize()
+        gate = threading.Event()
+        handles = []
+        with world.stream(side := world.new_stream()):
+            world.launch(0, lambda: gate.wait(30))
+            step = checkpointer.fenced(job.optimizer.step) if how == "fenced" else job.optimizer.step
+            step()
+            with torch.no_grad():
+                job.extra["buffer"].add_(1)  # volatile: it is copied inside save()
+
+        def save() -> None:
+            if guard == "full":  # which waits for the bytes
+                threading.Timer(0.1, gate.set).start()
+            handles.append(checkpointer.save(2))
+            if how == "saved twice":
+                with world.stream(world.new_stream()):
+                    handles.append(checkpointer.save(3))
+
+        if how == "saved elsewhere":
+            elsewhere = threading.Thread(target=save)
+            elsewhere.start()
+            elsewhere.join()
+        else:
+            save()
+        assert guard == "full" or not handles[-1]._save.begun()[0].wait_released(0.05)
+        gate.set()
+        with world.stream(side):
+            expected = job.tensors() | {"extra.buffer": world.to_host(job.extra["buffer"])}
+        checkpointer.fence()
+        for handle in handles:
+            handle.wait()
+            found = stored(tmp_path, "dcp", handle.step)
+            assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_step_on_the_stream_that_saves_costs_no_wait(world: FakeCuda, tmp_path: Path) -> None:
+    job = Job(world)
+    waited = []
+    world.wait_for = lambda device, stream: waited.append((device, stream))  # type: ignore[method-assign]
+    with job.checkpointer(tmp_path, host_memory=1 << 22) as checkpointer, world.stream(world.new_stream()):
+        for step in range(1, 4):
+            job.step()
+            checkpointer.save(step)
+    assert waited == []
+
+
+def test_captures_are_looked_for_on_every_device_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch answers for the current device alone, and to make another current would give it a context."""
+    current, entered = [0], []
+
+    @contextmanager
+    def device(ordinal: int) -> Iterator[None]:
+        entered.append(ordinal)
+        current.append(ordinal)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 2)
+    seam = devices.TorchSeam()
+    assert not seam.is_capturing({0, 1})
+    assert entered == [1]
+    assert seam.is_capturing({0, 1, 2})
+
+
 # ---------------------------------------------------------------------------- graphs
 
 
@@ -459,7 +542,7 @@ def test_a_lost_device_costs_no_save_that_was_copied_and_hides_no_error(
     job.step()
     expected = job.tensors()
 
-    def is_capturing() -> bool:
+    def is_capturing(used: Collection[int]) -> bool:
         status = c_int()
         with world.double.context(0):
             world.double.driver("cuStreamIsCapturing", None, byref(status))
