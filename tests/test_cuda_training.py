@@ -21,7 +21,16 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from asyncckpt import AsyncCheckpointer, _native, capture, devices
-from asyncckpt.errors import CaptureError, DeviceError, LeafError, SaveError, SaveTimeoutError, TornStateError
+from asyncckpt import snapshot as snapshot_room
+from asyncckpt.errors import (
+    CaptureError,
+    DeviceError,
+    LeafError,
+    MismatchError,
+    SaveError,
+    SaveTimeoutError,
+    TornStateError,
+)
 from asyncckpt.snapshot import Snapshot
 from tests.cuda_double import ILLEGAL_ADDRESS, OUT_OF_MEMORY, Double
 from tests.fake_cuda import FakeCuda
@@ -128,6 +137,70 @@ def test_stock_torch_reads_what_was_on_devices(world: FakeCuda, tmp_path: Path, 
     found = stored(tmp_path, layout, 1)
     assert torch.equal(found["model.0.weight"], expected["model.0.weight"])
     assert not torch.equal(found["model.0.weight"], job.tensors()["model.0.weight"])
+
+
+def test_tensors_deep_in_extra_are_filled_where_they_are(world: FakeCuda, tmp_path: Path) -> None:
+    def extra(fill: float, queued: int) -> dict[str, Any]:
+        def here(*shape: int) -> torch.Tensor:
+            return world.to_device(torch.full(shape, fill))
+
+        return {
+            "ema": {"deep": {"w": here(6)}, "host": torch.full((3,), fill)},
+            "shadows": [here(4), {"b": here(5)}],
+            "queue": here(queued),
+            "deep": {"queue": here(queued)},
+            1: {"numbered": here(2)},
+        }
+
+    with AsyncCheckpointer(tmp_path, extra=extra(3.0, queued=6)) as checkpointer:
+        checkpointer.save(1).wait()
+    live = extra(0.0, queued=2)
+    filled = [live["ema"]["deep"]["w"], live["ema"]["host"], live["shadows"][0], live["shadows"][1]["b"]]
+    filled.append(live[1]["numbered"])
+    with AsyncCheckpointer(tmp_path, extra=live) as checkpointer:
+        assert checkpointer.load_latest() is not None
+    found = [live["ema"]["deep"]["w"], live["ema"]["host"], live["shadows"][0], live["shadows"][1]["b"]]
+    found.append(live[1]["numbered"])
+    assert all(one is other for one, other in zip(found, filled, strict=True))
+    assert all((world.to_host(tensor) == 3).all() for tensor in found)
+    for queue in (live["queue"], live["deep"]["queue"]):  # of another form: new, on the same device
+        assert world.device_of(queue) == 0
+        assert torch.equal(world.to_host(queue), torch.full((6,), 3.0))
+
+
+class Scaled(torch.optim.Optimizer):
+    """Keeps a number for each parameter on the parameter's device, as Prodigy and D-Adaptation do."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            if not state:
+                state |= {"d": param.new_ones(()), "step": torch.tensor(0.0)}
+            state["d"].add_(1)
+            state["step"].add_(1)
+
+
+@pytest.mark.parametrize("stepped", [True, False])
+def test_numbers_of_an_optimizer_come_back_where_it_keeps_them(
+    world: FakeCuda, tmp_path: Path, stepped: bool
+) -> None:
+    def made(step: bool) -> Scaled:
+        optimizer = Scaled([nn.Parameter(world.to_device(torch.zeros(3)))])
+        if step:
+            optimizer.step()
+        return optimizer
+
+    with AsyncCheckpointer(tmp_path, optimizer=made(step=True)) as checkpointer:
+        checkpointer.save(1).wait()
+    again = made(step=stepped)
+    with AsyncCheckpointer(tmp_path, optimizer=again) as checkpointer:
+        assert checkpointer.load_latest() is not None
+    (state,) = again.state.values()
+    assert {key: world.device_of(value) for key, value in state.items()} == {"d": 0, "step": devices.HOST}
 
 
 # ---------------------------------------------------------------------------- what blocks whom
@@ -665,6 +738,34 @@ def test_memory_that_is_not_pinned_is_said_once(
             checkpointer.save(step).wait()
     assert caplog.text.count("not pinned") == 1
     assert "CUDA_ERROR_OUT_OF_MEMORY" in caplog.text
+
+
+def test_memory_that_cannot_be_read_to_is_a_mismatch_and_nothing_changes(
+    world: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(world)
+    job.step()
+    with job.checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1).wait()
+        job.step()
+        expected = job.tensors()
+        weight = job.model[0].weight.data_ptr()
+
+        class Seam:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(world, name)
+
+            def device_of(self, memory: Any) -> int:
+                if memory.data_ptr() == weight:
+                    raise ValueError("memory of device xpu:0 cannot be copied")
+                return world.device_of(memory)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(devices, "seam", Seam())
+            with pytest.raises(MismatchError, match=r"model\.0\.weight: lives on"):
+                checkpointer.load_latest()
+        assert same(job.tensors(), expected)
+        checkpointer.save(2).wait()
 
 
 def test_no_driver_is_said_at_once(world: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
