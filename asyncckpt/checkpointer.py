@@ -275,7 +275,7 @@ class AsyncCheckpointer:
             committer.take(save)
         except BaseException:
             if save.snapshot is not None:  # interrupted: nobody else will end it
-                save.snapshot.abort()
+                save.snapshot.give_up(min(self._fence_timeout_s, ABORT_S))
             self._root.discard(attempt)
             raise
 

@@ -768,6 +768,41 @@ def test_memory_that_cannot_be_read_to_is_a_mismatch_and_nothing_changes(
         checkpointer.save(2).wait()
 
 
+@pytest.mark.parametrize("hangs", [True, False])
+def test_an_interrupted_save_holds_what_is_being_copied(world: FakeCuda, tmp_path: Path, hangs: bool) -> None:
+    job = Job(world)
+    job.step()
+
+    def interrupt() -> None:
+        if not hangs:
+            threading.Timer(0.1, world.double.release_copies).start()
+        raise KeyboardInterrupt
+
+    timeout_s = 0.1 if hangs else 60
+    with job.checkpointer(tmp_path, host_memory=1 << 22, fence_timeout_s=timeout_s) as checkpointer:
+        checkpointer.save(1).wait()
+        jobs = []
+        snapshot = checkpointer._stager.snapshot
+
+        def remembered(*args: Any) -> Snapshot:
+            jobs.append((made := snapshot(*args))._job)
+            return made
+
+        checkpointer._stager.snapshot = remembered
+        checkpointer._state.hold_back_arrays = interrupt
+        with world.double.holding_copies():
+            with pytest.raises(KeyboardInterrupt):
+                checkpointer.save(2)
+            (native,) = jobs
+            assert native.released is not hangs
+            assert len(snapshot_room._given_up) == hangs
+        del checkpointer._stager.snapshot, checkpointer._state.hold_back_arrays
+        assert native.wait_released(60)
+        checkpointer._fence_timeout_s = 60
+        checkpointer.save(2).wait()
+        assert snapshot_room._given_up == {}
+
+
 def test_no_driver_is_said_at_once(world: FakeCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(world)
     monkeypatch.setattr(world, "driver", str(tmp_path / "libcuda.so.1"))
