@@ -83,7 +83,9 @@ class Engine:
         `slabs`: in which allocation each source lies whose other bytes may be read too; -1 for none.
         """
 
-    def close(self) -> None: ...
+    def close(self, timeout_s: float = ...) -> bool:
+        """False when it takes too long, a device hangs: engine and arena are left as they are, for good."""
+
     @property
     def forked(self) -> bool: ...
     @property
@@ -97,6 +99,10 @@ class Engine:
     @property
     def pin_failure(self) -> str:
         """Empty when there is none."""
+
+    @property
+    def batch_failure(self) -> str:
+        """The same."""
 
 class FileReads:
     """What to read; see Reading in csrc/reader.h."""

@@ -7,18 +7,61 @@ is hidden in python objects. Python leaves are pickled inside save() anyway.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from . import devices
 from .plan import Planned, span_nbytes
+from .report import SaveReport
 from .shards import is_partial, local_of
 from .tree import flatten, rebuilt, tensors_in
 
+_log = logging.getLogger(__name__)
+
+_Copied = TypeVar("_Copied", torch.Tensor, torch.UntypedStorage)
+
 _DEVICE_NBYTES_MAX = 16 << 20  # copies of what is on devices stay there, on the stream that changes it
+
+
+class Reserve:
+    """Memory for what one save() copies, on the host and on devices: what saves in flight leave of it.
+
+    Attributes:
+        host_nbytes, device_nbytes: taken from it.
+    """
+
+    def __init__(self, host_nbytes_max: int, in_flight: Iterable[SaveReport]) -> None:
+        self._host_nbytes_max = host_nbytes_max
+        self._device_nbytes_max = _DEVICE_NBYTES_MAX
+        for report in in_flight:
+            self._host_nbytes_max -= report.captured_nbytes - report.captured_on_devices_nbytes
+            self._device_nbytes_max -= report.captured_on_devices_nbytes
+        self.host_nbytes = 0
+        self.device_nbytes = 0
+
+    def copy(self, value: _Copied, nbytes: int, make: Callable[[], _Copied]) -> _Copied | None:
+        """What `make` makes of `value`; None if there is no room for it."""
+        memory = local_of(value) if isinstance(value, torch.Tensor) else value
+        if devices.seam.device_of(memory) == devices.HOST:
+            if self.host_nbytes + nbytes > self._host_nbytes_max:
+                return None
+            made = make()
+            self.host_nbytes += nbytes
+            return made
+        if self.device_nbytes + nbytes > self._device_nbytes_max:
+            return None
+        try:
+            made = make()
+        except torch.OutOfMemoryError as error:
+            _log.warning("no room on a device to copy what may change: it is watched instead: %s", error)
+            self._device_nbytes_max = 0  # each try empties torch's cache, which waits for the device
+            return None
+        self.device_nbytes += nbytes
+        return made
 
 
 @dataclass(frozen=True)
@@ -29,26 +72,22 @@ class Captured:
         tree: as it was, with copies in place of volatile tensors.
         live: names and tensors that are still the live ones; the guard watches them.
         seen: ids of all tensors in the tree, copies too.
-        nbytes: copied, on the host.
         forward_changes: some buffer was too large to copy; the next forward must wait.
     """
 
     tree: dict[str, Any]
     live: list[tuple[str, torch.Tensor]]
     seen: frozenset[int]
-    nbytes: int
     forward_changes: bool
 
 
-def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> Captured:
-    """Copy what is volatile, at most `reserve_nbytes` on the host and as little on devices; what is left
-    over stays live.
+def capture(tree: Mapping[str, Any], buffers: set[int], reserve: Reserve) -> Captured:
+    """Copy what is volatile, as far as the reserve goes; what is left over stays live.
 
     Args:
         buffers: addresses of the model's buffers.
     """
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
-    left = {True: reserve_nbytes, False: _DEVICE_NBYTES_MAX}  # on the host, on devices
     forward_changes = False
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,13 +100,11 @@ def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> 
             local.is_conj(), local.is_neg(),
         )  # fmt: skip
         if key not in copies:
-            size = span_nbytes(local)
-            on_host = devices.seam.device_of(local) == devices.HOST
-            if size > left[on_host]:
+            made = reserve.copy(tensor, span_nbytes(local), lambda: tensor.detach().clone())
+            if made is None:
                 forward_changes = forward_changes or local.data_ptr() in buffers
                 return tensor
-            left[on_host] -= size
-            copies[key] = tensor.detach().clone()
+            copies[key] = made
         return copies[key]
 
     result = dict(tree)
@@ -82,8 +119,7 @@ def capture(tree: Mapping[str, Any], buffers: set[int], reserve_nbytes: int) -> 
     ours = {id(tensor) for tensor in copies.values()}
     every = [(leaf.name, tensor) for leaf in flatten(result) for tensor in tensors_in(leaf.value)]
     live = [(name, tensor) for name, tensor in every if id(tensor) not in ours]
-    nbytes = reserve_nbytes - left[True]
-    return Captured(result, live, frozenset(id(tensor) for _, tensor in every), nbytes, forward_changes)
+    return Captured(result, live, frozenset(id(tensor) for _, tensor in every), forward_changes)
 
 
 def _is_buffer(value: Any, buffers: set[int]) -> bool:
@@ -101,7 +137,7 @@ def _with_groups(branch: Any, copy: Any) -> Any:
     return {**branch, "param_groups": rebuilt(branch["param_groups"], torch.Tensor, copy, objects=False)}
 
 
-def capture_hidden(captured: Captured, planned: Planned, reserve_nbytes: int) -> tuple[Captured, Planned]:
+def capture_hidden(captured: Captured, planned: Planned, reserve: Reserve) -> tuple[Captured, Planned]:
     """The same for tensors that only pickling found, inside objects that are no containers to us.
 
     Their storages are copied and take the place of the live ones in the plan; beyond the reserve they
@@ -111,24 +147,23 @@ def capture_hidden(captured: Captured, planned: Planned, reserve_nbytes: int) ->
     if not hidden:
         return captured, planned
     memory = {local_of(t).untyped_storage().data_ptr() for _, t in hidden if t.layout == torch.strided}
-    left = {True: reserve_nbytes - captured.nbytes, False: _DEVICE_NBYTES_MAX}
     addresses = planned.addresses.copy()
     copies = []
     live = set(memory)
     for source, storage in planned.storages:
-        on_host = planned.devices[source] == devices.HOST
-        if storage.data_ptr() in memory and storage.nbytes() <= left[on_host]:
-            left[on_host] -= storage.nbytes()
-            copies.append(storage.clone())  # type: ignore[no-untyped-call]
-            addresses[source] = copies[-1].data_ptr()
+        if storage.data_ptr() not in memory:
+            continue
+        made = reserve.copy(storage, storage.nbytes(), storage.clone)
+        if made is not None:
+            copies.append(made)
+            addresses[source] = made.data_ptr()
             live.discard(storage.data_ptr())
     watched = [
         (name, tensor)
         for name, tensor in hidden
         if tensor.layout != torch.strided or local_of(tensor).untyped_storage().data_ptr() in live
     ]
-    nbytes = reserve_nbytes - left[True]
     return (
-        replace(captured, live=captured.live + watched, nbytes=nbytes),
+        replace(captured, live=captured.live + watched),
         replace(planned, addresses=addresses, held=(*planned.held, copies)),
     )

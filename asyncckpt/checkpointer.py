@@ -20,8 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
-from . import devices, memory, options
-from .capture import capture, capture_hidden
+from . import memory, options
+from .capture import Reserve, capture, capture_hidden
 from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
 from .committer import HEARTBEAT_S, Committer
 from .errors import (
@@ -41,7 +41,7 @@ from .errors import (
 from .fence import StepFence
 from .filesystem import Filesystem
 from .formats.manifest import checked_metadata
-from .inflight import PhaseObserver, Save, SaveHandle
+from .inflight import ABORT_S, Deadline, PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
 from .lease import RootLease
 from .loader import Loader, Resume
@@ -74,7 +74,8 @@ class AsyncCheckpointer:
         layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint) or "megatron"
             (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker).
         host_memory: bytes that staging may take, all in all. A state that is larger streams through;
-            then the step fence waits for the disk. Default: see `memory.default_host_memory_bytes`.
+            then the step fence waits for the disk. Default: see `memory.default_host_memory_bytes`. With
+            guard="full", checksums of what is on CUDA devices take 8 MiB more, once for the process.
         writers: threads that write to disk.
         keep_last: steps to keep, by order of commit; None keeps all.
         keep_every: also keep steps divisible by this.
@@ -92,7 +93,7 @@ class AsyncCheckpointer:
         when_busy: what save() does beyond that: "wait" (it shows in `blocked_s`) or "skip" (the handle's
             report says skipped, and a warning is logged).
         fence_timeout_s: after this long in the fence, the save is given up, not training. save() waits as
-            long for room before it raises.
+            long for room before it raises, and close() for a device that hangs.
         save_rng: capture and restore python's, numpy's and torch's generators.
         read_only: only load: no lease, no writes; other runs may own the root.
         store, rank, world_size: in what, and among whom, ranks agree. Default: torch.distributed's own,
@@ -107,6 +108,7 @@ class AsyncCheckpointer:
     Raises:
         RootError: the root is a file or not writable; RootBusyError: another live run owns it.
         OptionError: an option makes no sense.
+        DeviceError: the state is on a CUDA device, and there is no driver, or it refuses.
     """
 
     def __init__(
@@ -213,9 +215,11 @@ class AsyncCheckpointer:
             self._stager.use_devices(self._state.devices())
             self._fence = StepFence(
                 fence=self._fence_before_change,
+                before_captured=self._fence_capture,
                 at_risk=self._at_risk,
                 optimizers=self._state.optimizers,
                 model=model,
+                used=self._state.devices(),
             )
             undo.callback(self._fence.remove)
             self._committer = Committer(
@@ -233,6 +237,9 @@ class AsyncCheckpointer:
 
     def save(self, step: int, *, metadata: Mapping[str, Any] | None = None) -> SaveHandle:
         """Save the state as it is now; returns as soon as that is certain to succeed or be heard of.
+
+        On CUDA "now" is when this thread's current streams have done what they have, and the streams on
+        which optimizers stepped. Work on other streams must be ordered before one of these by the caller.
 
         Args:
             step: greater than every step of this timeline. After loading an older step, the steps above
@@ -306,20 +313,22 @@ class AsyncCheckpointer:
             committer.take(save)
 
     def _begin(self, save: Save, committer: Committer) -> None:
+        self._order_after_steps()
         model = self._state.model
         tree = self._state.capture(save.step)
         save.report.state_dict_s = dict(self._state.capture_s)
-        in_use_nbytes = sum(other.report.captured_nbytes for other in self._in_flight())
-        reserve_nbytes = self._stager.reserve_nbytes - in_use_nbytes
-        captured = capture(tree, model.buffers() if model else set(), reserve_nbytes)
+        reserve = Reserve(self._stager.reserve_nbytes, [other.report for other in self._in_flight()])
+        captured = capture(tree, model.buffers() if model else set(), reserve)
         save.mark("captured")
         planned = self._planner.plan(captured.tree)
-        captured, planned = capture_hidden(captured, planned, reserve_nbytes)
+        captured, planned = capture_hidden(captured, planned, reserve)
         save.mark("planned")
+        self._fence.note_streams(planned.used_devices())
         if captured.forward_changes:
             self._fence.before_forward()
         save.report.nbytes = planned.plan.nbytes
-        save.report.captured_nbytes = captured.nbytes
+        save.report.captured_nbytes = reserve.host_nbytes + reserve.device_nbytes
+        save.report.captured_on_devices_nbytes = reserve.device_nbytes
         save.report.pickled_nbytes = planned.plan.pickled_nbytes
         if planned.replanned:
             for name, kind in planned.plan.untrusted:
@@ -341,11 +350,17 @@ class AsyncCheckpointer:
             committer.take(save)
         except BaseException:
             if save.snapshot is not None:  # interrupted: nobody else will end it
-                save.snapshot.abort()
+                save.snapshot.give_up(min(self._fence_timeout_s, ABORT_S))
             save.snapshot = save.attempt = None
             if self._ranks.is_first:
                 self._root.discard(attempt)
             raise
+
+    def _order_after_steps(self) -> None:
+        try:
+            self._fence.order_after_steps()
+        except RuntimeError as error:
+            raise DeviceError(f"ordering the save after optimizers' streams: {error}") from error
 
     def _check_step(self, step: int) -> None:
         for save in self._in_flight():
@@ -394,13 +409,19 @@ class AsyncCheckpointer:
         Raises:
             CaptureError: this thread's current stream is being captured.
         """
-        if os.getpid() != self._pid or not self._in_flight():
+        if os.getpid() != self._pid or self._committer is None:
             return
-        if devices.seam.is_capturing():
+        capturing = self._fence.is_capturing()
+        if not on_host and not capturing:
+            self._fence.note_streams()  # what comes now may change the state
+        if not self._in_flight():
+            return
+        if capturing:
             raise CaptureError("fence() inside a CUDA graph's capture: call it before")
+        deadline = Deadline(self._fence_timeout_s)
         with self._lock:
             for save in self._in_flight():
-                save.fence(self._fence_timeout_s, on_host)
+                save.fence(deadline, on_host)
             if not on_host:
                 self._state.hold_back_arrays()  # behind the streams that wait for the copies now
             self._fence.passed()
@@ -424,10 +445,20 @@ class AsyncCheckpointer:
         if not self._fences_by_hand:
             self.fence(on_host=False)
 
+    def _fence_capture(self) -> None:
+        if self._fences_by_hand:
+            return
+        deadline = Deadline(min(self._fence_timeout_s, ABORT_S))
+        with self._lock:
+            for save in self._in_flight():
+                save.fence(deadline, captured=True)
+
     def _check_capture(self) -> None:
-        if devices.seam.is_capturing():
+        if self._committer is None:
+            return
+        if self._fence.is_capturing():
             raise CaptureError("save() inside a CUDA graph's capture: call it between replays")
-        if self._committer is not None and self._fence.step_was_captured and not self._fences_replays:
+        if self._fence.step_was_captured and not self._fences_replays:
             raise CaptureError(
                 "an optimizer's step was captured into a CUDA graph, and replays run no hooks: replay it "
                 'through ckpt.fenced(graph.replay), or pass fencing="manual" and call fence() yourself'
@@ -437,7 +468,7 @@ class AsyncCheckpointer:
         """Check saves that were copied without a fence: this is the first time we can."""
         for save in self._in_flight():
             if not save.checked.is_set() and save.snapshot is not None and save.snapshot.released:
-                save.fence(self._fence_timeout_s)
+                save.fence(Deadline(self._fence_timeout_s))
 
     # -- waiting
 
@@ -467,8 +498,9 @@ class AsyncCheckpointer:
             raise ForkedError("this save belongs to the parent process")
         timeout_s = None if timeout_s is None else min(timeout_s, options.FOREVER_S)
         mine = save.thread == threading.get_ident()
-        if mine and not save.done.is_set() and not save.checked.is_set():
-            snapshot = save.snapshot
+        snapshot = save.snapshot
+        copied = snapshot is None or snapshot.released  # else devices are at it, which may hang
+        if mine and not save.done.is_set() and not (save.checked.is_set() and copied):
             if timeout_s is not None and snapshot is not None and not snapshot.wait_released(timeout_s):
                 raise TimeoutError(f"step {save.step} is not even copied after {timeout_s:g} s")
             self.fence()
@@ -566,6 +598,9 @@ class AsyncCheckpointer:
     def close(self) -> None:
         """Finish every save and give the root up. Closing again does nothing.
 
+        If a device hangs, so that the copies of a save do not end, that save is given up after
+        `fence_timeout_s`, and the memory that the device may still touch is left to it.
+
         Raises:
             SaveError: a save failed, and nobody was told yet. All is closed nevertheless.
         """
@@ -590,7 +625,7 @@ class AsyncCheckpointer:
                     save.checked.set()
             committer.stop()
             self._fence.remove()
-            self._stager.close()
+            self._stager.close(min(self._fence_timeout_s, ABORT_S))
             if self._lease is not None:
                 self._lease.release()
             self._ranks.close()
@@ -604,7 +639,7 @@ class AsyncCheckpointer:
     ) -> None:
         try:
             self.close()
-        except CheckpointError as failure:
+        except Exception as failure:
             if error is None:
                 raise
             _log.error("besides: %s", failure)  # what ended the block comes first

@@ -6,7 +6,8 @@ heartbeat of the lease beside it, which nothing holds up.
     outcome                                                     every rank
 
 Guarantees:
-- A save ends, durable or failed, whatever happens to it; whoever waits for it is woken.
+- A save ends, durable or failed, whatever happens to it; whoever waits for it is woken. One that has
+  failed ends soon, also if a device hangs that copies for it: what that may still read is held on.
 - A save that nobody fenced is never committed.
 - Every save() that was called gets a ballot, also if it failed at once: no rank waits for one in vain.
 """
@@ -22,7 +23,7 @@ from .commit import Attempt, CheckpointRoot
 from .errors import CheckpointError, RankError, RootError, SaveError
 from .formats.distcp import merged_metadata
 from .formats.manifest import FileEntry, FragmentRef
-from .inflight import Save
+from .inflight import ABORT_S, Save
 from .layouts.dcp import METADATA_PATH
 from .lease import RootLease
 from .ranks import Ballot, Outcome, Ranks, digest
@@ -31,6 +32,7 @@ from .snapshot import Snapshot
 _log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
+_LOOK_S = 0.1  # how often a save that waits for its copies is looked at: it may have failed
 
 
 class Committer:
@@ -40,7 +42,7 @@ class Committer:
         lease: None on all ranks but the first.
         keep: keep_last and keep_every of retention.
         on_failure: told of a save that failed, before anybody who waits for it is woken.
-        release_timeout_s: how long a failed save is given to let go of training's memory.
+        fence_timeout_s: how long a fence waits; a failed save has no longer to let go of training's memory.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Committer:
         lease: RootLease | None,
         keep: tuple[int | None, int | None],
         on_failure: Callable[[Save], None],
-        release_timeout_s: float,
+        fence_timeout_s: float,
         ranks: Ranks,
     ) -> None:
         self._root = root
@@ -59,8 +61,8 @@ class Committer:
         self._said_different = False
         self._keep = keep
         self._on_failure = on_failure
-        self._release_timeout_s = release_timeout_s
-        self._said_buffered = self._said_unchecked = self._said_unpinned = False
+        self._release_timeout_s = min(fence_timeout_s, ABORT_S)
+        self._said_buffered = self._said_unchecked = self._said_unpinned = self._said_unbatched = False
         self._in_flight: list[Save] = []  # oldest first; replaced, never changed, so reading needs no lock
         self._lock = threading.Lock()
         self._queue: queue.SimpleQueue[Save | None] = queue.SimpleQueue()
@@ -139,7 +141,7 @@ class Committer:
         if save.error is not None and save.snapshot is None:
             raise save.error
         snapshot, _ = save.begun()
-        snapshot.wait_released(float("inf"))
+        self._await_release(save, snapshot)
         if save.checked.is_set():
             snapshot.let_go()
         snapshot.wait_written()
@@ -151,10 +153,21 @@ class Committer:
         save.mark("checked")
         return snapshot.files()
 
+    def _await_release(self, save: Save, snapshot: Snapshot) -> None:
+        while not snapshot.wait_released(_LOOK_S):
+            if save.error is not None:
+                snapshot.give_up(self._release_timeout_s)
+                raise save.error
+
     def _warn_once(self, snapshot: Snapshot) -> None:
         if not snapshot.direct and not self._said_buffered:
             self._said_buffered = True
             _log.warning("%s: no O_DIRECT here; files are written through the page cache", self._root.path)
+        if snapshot.batch_failure and not self._said_unbatched:
+            self._said_unbatched = True
+            _log.warning(
+                "copies from devices go one by one, small tensors are slow: %s", snapshot.batch_failure
+            )
         if snapshot.pin_failure and not self._said_unpinned:
             self._said_unpinned = True
             _log.warning("host_memory is not pinned, copies from devices are slow: %s", snapshot.pin_failure)
@@ -294,9 +307,9 @@ class Committer:
     def _end(self, save: Save) -> None:
         try:
             if save.error is not None:
-                # The engine may still be looking at the memory that the save holds.
-                if save.snapshot is not None:
-                    save.snapshot.wait_released(self._release_timeout_s)
+                # Whatever failed, the engine may still be looking at the memory that the save holds.
+                if save.snapshot is not None and not save.snapshot.released:
+                    save.snapshot.give_up(0)
                 self._on_failure(save)
         finally:
             with self._lock:

@@ -6,7 +6,7 @@ build of torch has neither streams nor captures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -31,8 +31,11 @@ class Seam(Protocol):
     def current_stream(self, device: int) -> int:
         """Handle of the stream on which this thread enqueues work for the device."""
 
-    def is_capturing(self) -> bool:
-        """Whether this thread's current stream is being captured into a graph."""
+    def wait_for(self, device: int, stream: int) -> None:
+        """Let this thread's current stream of the device wait for what `stream` has now."""
+
+    def is_capturing(self, used: Collection[int]) -> bool:
+        """Whether this thread's current stream of any of these devices is being captured into a graph."""
 
 
 class TorchSeam:
@@ -51,8 +54,25 @@ class TorchSeam:
     def current_stream(self, device: int) -> int:
         return int(torch.cuda.current_stream(device).cuda_stream)
 
-    def is_capturing(self) -> bool:
-        return in_use() and torch.cuda.is_current_stream_capturing()
+    def wait_for(self, device: int, stream: int) -> None:
+        other = (
+            torch.cuda.ExternalStream(stream, device)  # type: ignore[no-untyped-call]
+            if stream
+            else torch.cuda.default_stream(device)  # ExternalStream(0) is some stream of torch's pool
+        )
+        torch.cuda.current_stream(device).wait_stream(other)
+
+    def is_capturing(self, used: Collection[int]) -> bool:
+        if not in_use():
+            return False
+        if torch.cuda.is_current_stream_capturing():
+            return True
+        for device in used:
+            if device != torch.cuda.current_device():
+                with torch.cuda.device(device):  # of a device in use: this makes no context
+                    if torch.cuda.is_current_stream_capturing():
+                        return True
+        return False
 
 
 seam: Seam = TorchSeam()
@@ -61,6 +81,17 @@ seam: Seam = TorchSeam()
 def in_use() -> bool:
     """Whether this process has begun to use CUDA."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def is_capturing(used: Collection[int]) -> bool:
+    """Whether work that this thread enqueues on any of these devices goes into a graph.
+
+    A device that is lost, and says so at every call, captures nothing; whoever uses it next is told.
+    """
+    try:
+        return seam.is_capturing(used)
+    except RuntimeError:
+        return False
 
 
 def current_streams(devices: Iterable[int]) -> list[tuple[int, int]]:

@@ -22,10 +22,13 @@ class StepFence:
     """Calls `fence` on the training thread before a step or a forward that would tear a save.
 
     Args:
+        before_captured: called in place of `fence` when the step goes into a CUDA graph. It must ask nothing
+            of the driver: to wait for an event from outside, for one, would spoil the graph.
         at_risk: addresses of the storages that saves in flight have not copied yet; asked at every
             optimizer step.
         optimizers: whose state is saved: their steps change that, whatever their parameters are.
         model: whose forward changes buffers.
+        used: devices that hold the state, as far as is known.
 
     Attributes:
         step_was_captured: one of our optimizers was stepped while a CUDA graph was captured. The graph's
@@ -35,14 +38,19 @@ class StepFence:
     def __init__(
         self,
         fence: Callable[[], None],
+        before_captured: Callable[[], None],
         at_risk: Callable[[], Iterable[frozenset[int]]],
         optimizers: Iterable[Any],
         model: Any,
+        used: Iterable[int] = (),
     ) -> None:
         self._fence = fence
+        self._before_captured = before_captured
         self._at_risk = at_risk
         self._optimizers = list(optimizers)
         self._model = model
+        self._used = set(used)
+        self._stepped_on: set[tuple[int, int]] = set()  # (device, stream)
         self._pid = os.getpid()
         # Not traced: a hook with side effects inside a compiled step runs into the recompile limit.
         self._untraced = cast("Callable[[Any], Any]", torch.compiler.disable)
@@ -62,21 +70,45 @@ class StepFence:
             self._forward_hook.remove()
             self._forward_hook = None
 
+    def note_streams(self, used: Iterable[int] = ()) -> None:
+        """Remember this thread's current streams of the devices in use: what changes the state is enqueued
+        there. They must live until the next save."""
+        self._used.update(used)
+        if self._used:
+            self._stepped_on.update(devices.current_streams(tuple(self._used)))  # others may add to it
+
+    def order_after_steps(self) -> None:
+        """Let this thread's current streams wait for those on which optimizers stepped, where they are
+        others; the host does not wait."""
+        stepped_on, self._stepped_on = self._stepped_on, set()
+        for device, stream in tuple(stepped_on):
+            current = devices.seam.current_stream(device)
+            if stream != current:
+                devices.seam.wait_for(device, stream)
+            self._stepped_on.add((device, current))  # behind the others now, should another thread save next
+
+    def is_capturing(self) -> bool:
+        """Whether what this thread enqueues now goes into a CUDA graph."""
+        return devices.is_capturing(tuple(self._used))
+
     def remove(self) -> None:
         """Take the hooks away."""
         self._step_hook.remove()
         self.passed()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if devices.seam.is_capturing():  # to wait for an event from outside would spoil the graph
-            ours = self._is_ours(optimizer) or _touches(optimizer, [self._params()])
-            self.step_was_captured = self.step_was_captured or ours
+        if self._pid != os.getpid():  # first of all: a lock of the parent's may be held for good
             return
+        # One parameter a group: this is asked at every step, and a group on several devices is rare.
+        self._used |= devices.devices_of(g["params"][0] for g in optimizer.param_groups if g["params"])
+        captured = self.is_capturing()
+        if not captured:
+            self.note_streams()
+        if captured and not self.step_was_captured:
+            self.step_was_captured = self._is_ours(optimizer) or _touches(optimizer, [self._params()])
         at_risk = list(self._at_risk())
-        if not at_risk or self._pid != os.getpid():
-            return
-        if self._is_ours(optimizer) or _touches(optimizer, at_risk):
-            self._fence()
+        if at_risk and (self._is_ours(optimizer) or _touches(optimizer, at_risk)):
+            (self._before_captured if captured else self._fence)()
 
     def _params(self) -> frozenset[int]:
         params = list(self._model.parameters()) if isinstance(self._model, torch.nn.Module) else []

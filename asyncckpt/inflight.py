@@ -15,9 +15,25 @@ from .trial import Sample
 
 _log = logging.getLogger(__name__)
 
-_ABORT_S = 10.0  # a job that was given up lets go as soon as the copies under way return
+ABORT_S = 10.0  # a job that was given up lets go as soon as the copies under way return; a device may hang
 
 PhaseObserver = Callable[[int, str], None]  # (step, phase that was reached)
+
+
+class Deadline:
+    """A time limit that several waits share; it begins when this is made.
+
+    Attributes:
+        timeout_s: all of it.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._ends_s = time.monotonic() + timeout_s
+
+    def left_s(self) -> float:
+        """Seconds until then; 0 afterwards."""
+        return max(0.0, self._ends_s - time.monotonic())
 
 
 class Save:
@@ -99,7 +115,7 @@ class Save:
         if snapshot is not None:
             snapshot.abort()
 
-    def fence(self, timeout_s: float, on_host: bool = True) -> None:
+    def fence(self, deadline: Deadline, on_host: bool = True, captured: bool = False) -> None:
         """Check that nothing was torn, and see to it that training may change everything.
 
         On the thread that is about to change it, before it does. Never raises: a failure is the save's,
@@ -108,6 +124,8 @@ class Save:
         Args:
             on_host: wait until all is copied: then memory may also be freed. Otherwise wait until all
                 copies are on their way, and let this thread's device streams wait for those.
+            captured: the change goes into a CUDA graph, whose replays nothing fences. On the host, then:
+                that asks nothing of the driver.
         """
         snapshot = self.snapshot  # the committer may end a failed save at any moment
         if snapshot is None:
@@ -117,21 +135,23 @@ class Save:
             return
         began_s = time.perf_counter()
         if self.checked.is_set():  # by a fence that left the waiting to devices; what they do is no tear
-            if not (snapshot.wait_released(timeout_s) if on_host else self._hold_back(snapshot, timeout_s)):
-                self._give_up(snapshot, timeout_s)
+            if not self._let_pass(snapshot, deadline, on_host):
+                self._give_up(snapshot, deadline, captured)
         else:
             self.decide(snapshot)
-            if snapshot.wait_released(timeout_s) if on_host else self._hold_back(snapshot, timeout_s):
+            if self._let_pass(snapshot, deadline, on_host):
                 self.decide(snapshot)  # should another thread have written while this one waited
             else:
-                self._give_up(snapshot, timeout_s)
+                self._give_up(snapshot, deadline, captured)
         self.report.blocked_s += time.perf_counter() - began_s
         self.checked.set()
         if snapshot.released:  # after checked: the committer looks in the other order
             snapshot.let_go()
 
-    def _hold_back(self, snapshot: Snapshot, timeout_s: float) -> bool:
-        if not snapshot.wait_enqueued(timeout_s):
+    def _let_pass(self, snapshot: Snapshot, deadline: Deadline, on_host: bool) -> bool:
+        if on_host:
+            return snapshot.wait_released(deadline.left_s())
+        if not snapshot.wait_enqueued(deadline.left_s()):
             return False
         try:
             snapshot.hold_back()
@@ -139,14 +159,23 @@ class Save:
             self.fail(error)
         return True
 
-    def _give_up(self, snapshot: Snapshot, timeout_s: float) -> None:
-        self.fail(
-            SaveTimeoutError(
-                f"step {self.step} was given up: its tensors were not copied within {timeout_s:g} s; "
-                f"raise fence_timeout_s or host_memory"
+    def _give_up(self, snapshot: Snapshot, deadline: Deadline, captured: bool) -> None:
+        within = f"its tensors were not copied within {deadline.timeout_s:g} s"
+        if captured:
+            self.fail(
+                TornStateError(
+                    f"step {self.step} was not saved: an optimizer's step was captured into a CUDA graph "
+                    f"meanwhile, and {within}; call fence() before the capture"
+                )
             )
-        )
-        snapshot.wait_released(min(timeout_s, _ABORT_S))
+        else:
+            self.fail(
+                SaveTimeoutError(
+                    f"step {self.step} was given up: {within}; raise fence_timeout_s or host_memory, "
+                    f"unless a device hangs"
+                )
+            )
+        snapshot.wait_released(min(deadline.timeout_s, ABORT_S))
 
     def decide(self, snapshot: Snapshot) -> None:
         """Fail if a tensor has changed since save()."""

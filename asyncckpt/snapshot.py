@@ -10,6 +10,7 @@ Guarantees:
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,8 +22,11 @@ from . import _native, devices
 from .errors import DeviceError, OptionError, SaveError, TornStateError, WriteError
 from .formats.image import NO_RECORD
 from .formats.manifest import FileEntry
+from .options import FOREVER_S
 from .plan import Planned, WritePlan
 from .shards import local_of
+
+_log = logging.getLogger(__name__)
 
 _CHUNK_NBYTES = 4 << 20  # also the block of a CRC in the manifest; fewer would slow the disk down
 _CHUNK_NBYTES_MIN = 4096
@@ -146,6 +150,14 @@ class Snapshot:
         self._guard.release()
         self._held = None
 
+    def give_up(self, timeout_s: float) -> None:
+        """Abort, and give the engine so long to let go of training's memory. If it cannot, because a device
+        hangs, the memory is held for as long as that lasts, whoever drops the snapshot."""
+        _given_up[id(self)] = self
+        self.abort()
+        self.wait_released(timeout_s)
+        _drop_released()
+
     @property
     def released(self) -> bool:
         """Whether the engine will not read training's memory again."""
@@ -215,9 +227,24 @@ class Snapshot:
         return self._engine.pin_failure
 
     @property
+    def batch_failure(self) -> str:
+        """Why copies of small tensors are slow: the driver refused them in batches. Empty if all is well."""
+        return self._engine.batch_failure
+
+    @property
     def checked_copies(self) -> bool:
         """Whether memory that goes away fails the save; if not, it may end the process."""
         return _native.copy_is_checked()
+
+
+_given_up: dict[int, Snapshot] = {}  # of all stagers, by id; what is being read must outlive all of them
+
+
+def _drop_released() -> None:
+    for key, snapshot in list(_given_up.items()):
+        if snapshot.released:
+            snapshot.let_go()
+            _given_up.pop(key, None)
 
 
 class Stager:
@@ -277,6 +304,7 @@ class Stager:
         Raises:
             DeviceError: a device refused.
         """
+        _drop_released()
         guard = Guard(live)
         images = self._images(planned.plan)
         streams = devices.current_streams(planned.used_devices())
@@ -317,6 +345,9 @@ class Stager:
                 found[source] = _native.device_crc32(driver, device, streams[device], *memory)
         return found
 
-    def close(self) -> None:
-        """Stop the engine; what is in flight fails."""
-        self._engine.close()
+    def close(self, timeout_s: float = FOREVER_S) -> None:
+        """Stop the engine; what is in flight fails. If a device hangs, the engine's memory is left to it."""
+        if not self._engine.close(timeout_s):
+            _log.warning(
+                "host_memory stays taken: a device is still at it, or the disk is, after %g s", timeout_s
+            )

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -245,7 +246,8 @@ class OptimizerSection:
                             f"a parameter of {describe(param.dtype, param.shape)}"
                         )
                         continue
-                    values[key] = matching.fresh(leaf, value, _lives_like(value, param, group_of[param]))
+                    like = here if isinstance(here, torch.Tensor) else _like(key, param, group_of[param])
+                    values[key] = matching.fresh(leaf, value, like)
             matching.afterwards.append(lambda param=param, values=values: _replace(state, param, values))  # type: ignore[misc]
 
     def _plausible(self, key: str, stored: StoredTensor, param: torch.Tensor, live: Any) -> bool:
@@ -298,11 +300,15 @@ def _by_parameter(stored: Any, names: set[str]) -> dict[str, dict[str, Any]]:
     return result
 
 
-def _lives_like(stored: Any, param: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor | None:
-    # torch keeps `step` on the host unless the optimizer runs on the device as a whole
-    # (torch/optim/adam.py, _init_group).
-    on_host = isinstance(stored, StoredTensor) and stored.shape == ()
-    return None if on_host and not (group.get("capturable") or group.get("fused")) else param
+# Numbers that torch keeps on the host, unless the optimizer runs on the device as a whole (_init_group of
+# torch/optim/adam.py, of nadam.py).
+_COUNTERS = frozenset({"step", "mu_product"})
+
+
+def _like(key: str, param: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor | None:
+    """Where state lives that is not there yet: beside the parameter, or (None) on the host."""
+    on_host = key in _COUNTERS and not (group.get("capturable") or group.get("fused"))
+    return None if on_host else param
 
 
 def _replace(state: Any, param: torch.Tensor, values: dict[str, Any]) -> None:
@@ -328,7 +334,8 @@ class StatefulSection:
 
 class ValueSection:
     """A plain dict that the user handed over: on load, tensors and objects in it are filled in place, other
-    values are replaced; so is a tensor of another form, unless it is trained.
+    values are replaced; so is a tensor of another form, unless it is trained, by one on the same device.
+    Tensors are also looked for in dicts and lists inside it.
 
     CuPy arrays, also in dicts inside it, are saved as tensors and filled in place; one of another form does
     not fit. See `arrays` for what is ordered and where arrays are not looked for.
@@ -356,42 +363,68 @@ class ValueSection:
         stored = stored if isinstance(stored, Mapping) else {}
         matching.missing += [f"{name}.{key}" for key in self.values if key not in stored]
         matching.unexpected += [f"{name}.{key}" for key in stored if key not in self.values]
-        used: set[int] = set()
+        in_place = _InPlace(matching)
         for key, value in stored.items():
             owner = self.values.get(key)
-            if (
-                isinstance(owner, torch.Tensor)
-                and isinstance(value, StoredTensor)
-                and (owner.requires_grad or _fits(owner, value))
-            ):
-                matching.into(f"{name}.{key}", value, owner.detach())
-                continue
-            value = _with_arrays(f"{name}.{key}", owner, value, matching, used)  # noqa: PLW2901
+            value = in_place.visit(f"{name}.{key}", owner, value)  # noqa: PLW2901
             fresh = matching.fresh(f"{name}.{key}", value)
             if isinstance(owner, Stateful):
                 matching.afterwards.append(lambda owner=owner, fresh=fresh: owner.load_state_dict(fresh))  # type: ignore[misc]
             else:
                 matching.afterwards.append(lambda key=key, fresh=fresh: self.values.update({key: fresh}))  # type: ignore[misc]
-        matching.afterwards.append(lambda: arrays.order_after_torch(used))
+        matching.afterwards.append(lambda: arrays.order_after_torch(in_place.used))
 
 
-def _with_arrays(name: str, live: Any, stored: Any, matching: Matching, used: set[int]) -> Any:
-    """`stored` with the live arrays in their places, to be filled."""
-    if arrays.is_array(live):
+class _InPlace:
+    """Puts live tensors and arrays into the places of stored ones, to be filled.
+
+    Attributes:
+        used: devices of the arrays.
+    """
+
+    def __init__(self, matching: Matching) -> None:
+        self._matching = matching
+        self._seen: dict[int, Any] = {}  # stored containers, which may contain themselves
+        self._made: dict[StoredTensor, torch.Tensor] = {}  # what is one tensor stays one
+        self.used: set[int] = set()
+
+    def visit(self, name: str, live: Any, stored: Any, *, arrays_too: bool = True) -> Any:
+        """`stored` with what is live in it. `arrays_too`: here, arrays are saved as tensors."""
+        if isinstance(live, torch.Tensor) and isinstance(stored, StoredTensor):
+            if live.requires_grad or _fits(live, stored):
+                self._matching.into(name, stored, live.detach())
+                return live
+            if stored not in self._made:
+                self._made[stored] = self._matching.fresh(name, stored, like=live)
+            return self._made[stored]
+        if arrays_too and arrays.is_array(live):
+            self._fill(name, live, stored)
+            return live
+        if id(stored) in self._seen:
+            return self._seen[id(stored)]
+        if isinstance(live, dict) and type(stored) in (dict, OrderedDict):
+            arrays_too = arrays_too and type(live) is dict and all(type(key) is str for key in live)
+            result = self._seen[id(stored)] = type(stored)()
+            for key, child in stored.items():
+                result[key] = self.visit(f"{name}.{key}", live.get(key), child, arrays_too=arrays_too)
+            return result
+        if isinstance(live, list) and type(stored) is list:
+            items: list[Any] = []
+            self._seen[id(stored)] = items
+            for index, child in enumerate(stored):
+                one = live[index] if index < len(live) else None
+                items.append(self.visit(f"{name}.{index}", one, child, arrays_too=False))
+            return items
+        return stored
+
+    def _fill(self, name: str, array: Any, stored: Any) -> None:
         try:
-            tensor = arrays.as_tensor(name, live)
+            tensor = arrays.as_tensor(name, array)
         except LeafError as error:
-            matching.differences.append(str(error))
+            self._matching.differences.append(str(error))
         else:
-            matching.into(name, stored, tensor)
-            used.add(tensor.get_device())
-        return live
-    if arrays.holds_arrays(live) and isinstance(stored, Mapping):
-        return {
-            key: _with_arrays(f"{name}.{key}", live.get(key), child, matching, used)
-            for key, child in stored.items()
-        }
-    return stored
+            self._matching.into(name, stored, tensor)
+            self.used.add(tensor.get_device())
 
 
 class GroupSection:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import devices
 from .errors import LeafError
 from .formats.refs import span_elements
 
@@ -128,7 +129,7 @@ class _Rebuilding:
     def visit(self, value: Any) -> Any:
         if isinstance(value, self._kind):
             return self._convert(value)
-        if type(value) in _ATOMS:
+        if type(value) in _ATOMS or isinstance(value, torch.Tensor):
             return value
         seen, visit = self._seen, self.visit
         if id(value) in seen:
@@ -249,6 +250,10 @@ class Matching:
             self.differences.append(f"{name}: a tensor here, {type(stored).__name__} in the checkpoint")
         elif live.device.type == "meta":
             self.differences.append(f"{name}: lives on the meta device; call to_empty() before loading")
+        elif not devices.is_reachable(live):
+            self.differences.append(
+                f"{name}: lives on {live.device}; only the host and CUDA devices are read to"
+            )
         elif tuple(live.shape) != stored.shape or live.dtype != stored.dtype:
             self.differences.append(
                 f"{name}: {describe(live.dtype, live.shape)} here, "
@@ -264,6 +269,11 @@ class Matching:
         walk a parameter and its moments together pair them by address.
         """
         made: dict[StoredTensor, torch.Tensor] = {}
+        if like is not None and not devices.is_reachable(like):
+            self.differences.append(
+                f"{name}: belongs on {like.device}; only the host and CUDA devices are read to"
+            )
+            like = None
 
         def make(value: Any) -> torch.Tensor:
             if value not in made:
@@ -275,13 +285,16 @@ class Matching:
 
 
 def _allocate(stored: StoredTensor, like: torch.Tensor | None) -> torch.Tensor:
-    device = like.device if like is not None else None
     if like is not None and tuple(like.shape) == stored.shape:
         return torch.empty_like(like, dtype=stored.dtype, requires_grad=False)
     first = stored.parts[0] if len(stored.parts) == 1 else None
     if first is not None and first.nbytes == _elements(stored.shape) * stored.dtype.itemsize:
-        return torch.empty_strided(stored.shape, first.stride, dtype=stored.dtype, device=device)
-    return torch.empty(stored.shape, dtype=stored.dtype, device=device)
+        if like is not None:
+            return like.new_empty_strided(stored.shape, first.stride, dtype=stored.dtype)
+        return torch.empty_strided(stored.shape, first.stride, dtype=stored.dtype)
+    if like is not None:
+        return like.new_empty(stored.shape, dtype=stored.dtype)
+    return torch.empty(stored.shape, dtype=stored.dtype)
 
 
 def _elements(shape: Sequence[int]) -> int:

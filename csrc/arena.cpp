@@ -36,6 +36,11 @@ void Arena::release() {
   base_ = nullptr;
 }
 
+void Arena::abandon() {
+  pinned_slabs_.clear();
+  base_ = nullptr;
+}
+
 bool Arena::populate(size_t offset, size_t slab_nbytes) {
   return ::madvise(base_ + offset, slab_nbytes, MADV_POPULATE_WRITE) == 0;
 }

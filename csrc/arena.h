@@ -31,6 +31,9 @@ class Arena {
   // Gives the memory back before the end; no chunk may be touched any more, by a device either.
   void release();
 
+  // Leaves the memory mapped and pinned for as long as the process lives: a device may still touch it.
+  void abandon();
+
   // Makes the pages present, so that the first save need not; stops early when `stop` turns true.
   // Safe beside threads that already use the chunks.
   void prefault(const std::atomic<bool>& stop);

@@ -82,12 +82,16 @@ Image make_image(const std::string& path, uint64_t nbytes, nb::bytes literals, I
   return {std::move(image)};
 }
 
+// How long an engine that is dropped, not closed, may take to end.
+constexpr double kDropPatience_s = 60;
+
 // An engine that is abandoned, not destroyed, in a forked child: its threads are the parent's, so
-// joining them would hang, and so would destroying condition variables that they wait for.
+// joining them would hang, and so would destroying condition variables that they wait for. The same where
+// a thread of its own waits for a device that hangs.
 struct EngineHandle {
   explicit EngineHandle(const EngineOptions& options) : engine(new Engine(options)) {}
   ~EngineHandle() {
-    if (!engine->forked()) delete engine;
+    if (!engine->forked() && !abandoned && engine->close(kDropPatience_s)) delete engine;
   }
   EngineHandle(const EngineHandle&) = delete;
   EngineHandle& operator=(const EngineHandle&) = delete;
@@ -98,6 +102,7 @@ struct EngineHandle {
   }
 
   Engine* const engine;
+  bool abandoned = false;  // closing it took too long
 };
 
 std::vector<CallerStream> caller_streams(const Streams& streams) {
@@ -106,14 +111,21 @@ std::vector<CallerStream> caller_streams(const Streams& streams) {
   return plain;
 }
 
+// What takes the engine's lock lets go of the GIL for it: that lock's holder may be waiting for a core.
+template <typename Ask>
+auto without_gil(Ask&& ask) {
+  nb::gil_scoped_release release;
+  return ask();
+}
+
 nb::tuple times_of(Job& job) {
-  const JobTimes times = job.times();
+  const JobTimes times = without_gil([&] { return job.times(); });
   return nb::make_tuple(times.enqueued_s, times.released_s, times.written_s, times.finished_s,
                         times.starved_s);
 }
 
 nb::object error_of(Job& job) {
-  const JobError error = job.error();
+  const JobError error = without_gil([&] { return job.error(); });
   if (!error) return nb::none();
   return nb::make_tuple(error.operation, error.path, error.offset, error.source, error.error_number,
                         error.reason);
@@ -210,7 +222,7 @@ NB_MODULE(_native, m) {
       .def("abort", &Job::abort, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("released", &Job::released)
       .def_prop_ro("finished", &Job::finished)
-      .def_prop_ro("direct", &Job::direct)
+      .def_prop_ro("direct", [](Job& job) { return without_gil([&] { return job.direct(); }); })
       .def_prop_ro("error", &error_of)
       .def_prop_ro("times_s", &times_of)
       .def("block_crcs",
@@ -274,12 +286,15 @@ NB_MODULE(_native, m) {
           },
           "directory"_a, "images"_a, "addresses"_a, "sizes"_a, "devices"_a, "streams"_a = Streams(),
           "slabs"_a = nb::none(), nb::keep_alive<0, 1>())
-      .def("close",
-           [](EngineHandle& handle) {
-             Engine& engine = handle.usable();
-             nb::gil_scoped_release release;
-             engine.close();
-           })
+      .def(
+          "close",
+          [](EngineHandle& handle, double timeout_s) {
+            Engine& engine = handle.usable();
+            nb::gil_scoped_release release;
+            handle.abandoned = !engine.close(timeout_s);
+            return !handle.abandoned;
+          },
+          "timeout_s"_a = kForever_s)
       .def_prop_ro("forked", [](EngineHandle& handle) { return handle.engine->forked(); })
       .def_prop_ro("arena_nbytes",
                    [](EngineHandle& handle) { return handle.engine->arena_nbytes(); })
@@ -287,8 +302,16 @@ NB_MODULE(_native, m) {
                    [](EngineHandle& handle) { return handle.engine->chunk_nbytes(); })
       .def_prop_ro("prefault_s", [](EngineHandle& handle) { return handle.engine->prefault_s(); })
       .def_prop_ro("pin_s", [](EngineHandle& handle) { return handle.engine->pin_s(); })
-      .def_prop_ro("pin_failure", [](EngineHandle& handle) {
-        const DeviceFailure failure = handle.usable().pin_failure();
+      .def_prop_ro("pin_failure",
+                   [](EngineHandle& handle) {
+                     Engine& engine = handle.usable();
+                     const DeviceFailure failure =
+                         without_gil([&] { return engine.pin_failure(); });
+                     return failure ? failure.operation + ": " + failure.reason : std::string();
+                   })
+      .def_prop_ro("batch_failure", [](EngineHandle& handle) {
+        Engine& engine = handle.usable();
+        const DeviceFailure failure = without_gil([&] { return engine.batch_failure(); });
         return failure ? failure.operation + ": " + failure.reason : std::string();
       });
 

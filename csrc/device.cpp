@@ -125,11 +125,11 @@ DeviceFailure Device::failed(const char* operation, Result result) const {
 DeviceFailure Device::copy(Way way, const std::vector<DeviceCopy>& copies) {
   const Current current(*this);
   if (current.result() != kSuccess) return failed("cuCtxPushCurrent", current.result());
+  Result refused = kSuccess;
   if (copies.size() > 1 && batches_) {
-    const Result result = copy_as_batch(way, copies);
-    if (result == kSuccess) return {};
+    refused = copy_as_batch(way, copies);
+    if (refused == kSuccess) return {};
     // One by one, then, which also tells what is wrong if it is not the batch.
-    if (result == kNotSupported) batches_ = false;
   }
   for (const DeviceCopy& one : copies) {
     if (way == Way::to_host) {
@@ -140,11 +140,24 @@ DeviceFailure Device::copy(Way way, const std::vector<DeviceCopy>& copies) {
       if (result != kSuccess) return failed("cuMemcpyHtoDAsync", result);
     }
   }
+  if (refused != kSuccess && batches_.exchange(false) && has_batches()) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    batch_failure_ = failed("cuMemcpyBatchAsync", refused);
+  }
   return {};
 }
 
+DeviceFailure Device::batch_failure() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return batch_failure_;
+}
+
+bool Device::has_batches() const {
+  return driver_.copy_batch != nullptr || driver_.copy_batch_12 != nullptr;
+}
+
 Result Device::copy_as_batch(Way way, const std::vector<DeviceCopy>& copies) {
-  if (driver_.copy_batch == nullptr && driver_.copy_batch_12 == nullptr) return kNotSupported;
+  if (!has_batches()) return kNotSupported;
   thread_local std::vector<cuda::Address> targets, sources;
   thread_local std::vector<size_t> sizes;
   targets.clear();
@@ -166,38 +179,37 @@ Result Device::copy_as_batch(Way way, const std::vector<DeviceCopy>& copies) {
                                &attributes, &first, 1, &failed_at, stream(way));
 }
 
-DeviceFailure Device::record(Way way, cuda::Event* event) { return record_on(stream(way), event); }
-
-DeviceFailure Device::record(uint64_t caller_stream, cuda::Event* event) {
-  return record_on(reinterpret_cast<cuda::Stream>(static_cast<uintptr_t>(caller_stream)), event);
-}
-
-DeviceFailure Device::record_on(cuda::Stream stream, cuda::Event* event) {
-  const Current current(*this);
-  if (current.result() != kSuccess) return failed("cuCtxPushCurrent", current.result());
+DeviceFailure Device::acquire(cuda::Event* event) {
   *event = nullptr;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (!free_events_.empty()) {
       *event = free_events_.back();
       free_events_.pop_back();
+      return {};
     }
   }
-  if (*event == nullptr) {
-    // Whoever waits sleeps until the interrupt: a spinning thread would take a core from training.
-    const Result result =
-        driver_.event_create(event, cuda::kEventBlockingSync | cuda::kEventDisableTiming);
-    if (result != kSuccess) {
-      *event = nullptr;
-      return failed("cuEventCreate", result);
-    }
-  }
-  if (const Result result = driver_.event_record(*event, stream); result != kSuccess) {
-    give_back(*event);
-    *event = nullptr;
-    return failed("cuEventRecord", result);
-  }
-  return {};
+  const Current current(*this);
+  if (current.result() != kSuccess) return failed("cuCtxPushCurrent", current.result());
+  // Whoever waits sleeps until the interrupt: a spinning thread would take a core from training.
+  const Result result =
+      driver_.event_create(event, cuda::kEventBlockingSync | cuda::kEventDisableTiming);
+  if (result == kSuccess) return {};
+  *event = nullptr;
+  return failed("cuEventCreate", result);
+}
+
+DeviceFailure Device::record(Way way, cuda::Event event) { return record_on(stream(way), event); }
+
+DeviceFailure Device::record(uint64_t caller_stream, cuda::Event event) {
+  return record_on(reinterpret_cast<cuda::Stream>(static_cast<uintptr_t>(caller_stream)), event);
+}
+
+DeviceFailure Device::record_on(cuda::Stream stream, cuda::Event event) {
+  const Current current(*this);
+  if (current.result() != kSuccess) return failed("cuCtxPushCurrent", current.result());
+  const Result result = driver_.event_record(event, stream);
+  return result == kSuccess ? DeviceFailure{} : failed("cuEventRecord", result);
 }
 
 DeviceFailure Device::order_after(Way way, cuda::Event event) {

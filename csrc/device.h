@@ -70,13 +70,20 @@ class Device {
 
   int ordinal() const { return ordinal_; }
 
+  // Why copies go one by one although the driver knows batches: it refused one, and not the copies in it.
+  DeviceFailure batch_failure();
+
   // Enqueues copies. Host memory that is not registered is copied before this returns.
-  // After a failure some of the copies may be under way: record() and wait() all the same.
+  // After a failure some of the copies may be under way: record() and wait() all the same. Where these
+  // are refused too, nobody can tell when the memory is free again: it must be given up for good.
   DeviceFailure copy(Way way, const std::vector<DeviceCopy>& copies);
 
-  // An event from the pool, recorded behind what was enqueued so far: our copies, or a caller's work.
-  DeviceFailure record(Way way, cuda::Event* event);
-  DeviceFailure record(uint64_t caller_stream, cuda::Event* event);
+  // An event from the pool, or a new one. To be had before copies are enqueued: what says that they have
+  // ended must not be missing once they are under way. nullptr after a failure.
+  DeviceFailure acquire(cuda::Event* event);
+  // Records the event behind what was enqueued so far: our copies, or a caller's work.
+  DeviceFailure record(Way way, cuda::Event event);
+  DeviceFailure record(uint64_t caller_stream, cuda::Event event);
 
   DeviceFailure order_after(Way way, cuda::Event event);  // our later copies wait for it
   DeviceFailure make_wait(uint64_t caller_stream,
@@ -97,7 +104,8 @@ class Device {
   Device(const cuda::Driver& driver, int ordinal) : driver_(driver), ordinal_(ordinal) {}
   DeviceFailure open();
   DeviceFailure failed(const char* operation, cuda::Result result) const;
-  DeviceFailure record_on(cuda::Stream stream, cuda::Event* event);
+  DeviceFailure record_on(cuda::Stream stream, cuda::Event event);
+  bool has_batches() const;
   cuda::Result copy_as_batch(Way way, const std::vector<DeviceCopy>& copies);
   cuda::Stream stream(Way way) const { return way == Way::to_host ? to_host_ : to_device_; }
 
@@ -108,6 +116,7 @@ class Device {
   cuda::Stream to_device_ = nullptr;
   std::atomic<bool> batches_{true};  // until the driver refuses one
   std::mutex mutex_;
+  DeviceFailure batch_failure_;
   std::vector<cuda::Event> free_events_;
 };
 

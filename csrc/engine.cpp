@@ -24,6 +24,10 @@ namespace {
 // Added to the nice value of the writers.
 constexpr int kWritersNice = 5;
 
+DeviceFailure all_lost() {
+  return {"staging", "devices refused to say when they are done with any of this memory"};
+}
+
 double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -58,28 +62,18 @@ bool Job::wait_enqueued(double timeout_s) {
 bool Job::wait_released(double timeout_s) {
   std::unique_lock<std::mutex> lock(engine_->mutex_);
   return engine_->phase_changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
-                                          [&] { return released_; });
+                                          [&] { return released(); });
 }
 
 bool Job::wait_finished(double timeout_s) {
   std::unique_lock<std::mutex> lock(engine_->mutex_);
   return engine_->phase_changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
-                                          [&] { return finished_; });
+                                          [&] { return finished(); });
 }
 
 void Job::abort() {
   std::lock_guard<std::mutex> lock(engine_->mutex_);
   if (!finished_) engine_->fail(*this, {"abort", "", -1, -1, ECANCELED, ""});
-}
-
-bool Job::released() {
-  std::lock_guard<std::mutex> lock(engine_->mutex_);
-  return released_;
-}
-
-bool Job::finished() {
-  std::lock_guard<std::mutex> lock(engine_->mutex_);
-  return finished_;
 }
 
 JobError Job::error() {
@@ -98,13 +92,18 @@ bool Job::direct() {
 }
 
 DeviceFailure Job::hold_back(CallerStream stream) {
-  std::lock_guard<std::mutex> lock(engine_->mutex_);
+  std::unique_lock<std::mutex> lock(engine_->mutex_);
   if (!enqueued_) return {"hold_back", "the copies are not enqueued yet"};
   if (released_) return {};  // and its events may serve others already
+  ++holding_back_;
+  lock.unlock();
+  DeviceFailure failure;
   for (const DeviceUse& use : devices_)
     if (use.device->ordinal() == stream.device && use.copies_done != nullptr)
-      return use.device->make_wait(stream.handle, use.copies_done);
-  return {};
+      failure = use.device->make_wait(stream.handle, use.copies_done);
+  lock.lock();
+  if (--holding_back_ == 0 && released_) give_events_back();
+  return failure;
 }
 
 // What waits for them goes on waiting: an event's later records don't matter to it.
@@ -117,6 +116,17 @@ void Job::give_events_back() {
 
 // ---- Engine: construction, submission, end -----------------------------------------------------
 
+// The last thing a thread does is to say so: joining it takes no time then.
+template <typename Body>
+void Engine::start(Body body) {
+  start_thread(threads_, [this, body] {
+    body();
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++ended_threads_;
+    thread_ended_.notify_all();
+  });
+}
+
 Engine::Engine(const EngineOptions& options)
     : arena_(std::max<size_t>(1, options.arena_nbytes / options.chunk_nbytes),
              options.chunk_nbytes),
@@ -128,26 +138,25 @@ Engine::Engine(const EngineOptions& options)
   // Should a thread not be had (a limit on processes), the others must be joined before they are
   // destroyed: else the program ends.
   try {
-    for (unsigned i = 0; i < copiers_; ++i) start_thread(threads_, [this] { copy_loop(); });
-    for (unsigned i = 0; i < std::max(1u, options.writers); ++i)
-      start_thread(threads_, [this] { write_loop(); });
+    for (unsigned i = 0; i < copiers_; ++i) start([this] { copy_loop(); });
+    for (unsigned i = 0; i < std::max(1u, options.writers); ++i) start([this] { write_loop(); });
     if (options.prefault)
-      start_thread(threads_, [this] {
+      start([this] {
         const double begin_s = now_s();
         arena_.prefault(stop_prefault_);
         prefault_s_ = now_s() - begin_s;
       });
   } catch (...) {
-    close();
+    close(kForever_s);
     throw;
   }
 }
 
-Engine::~Engine() { close(); }
+Engine::~Engine() { close(kForever_s); }
 
-void Engine::close() {
+bool Engine::close(double timeout_s) {
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(mutex_);
     stopping_ = true;
     stop_prefault_ = true;
     for (const JobPtr& job : std::vector<JobPtr>(unfinished_))
@@ -155,10 +164,16 @@ void Engine::close() {
     work_for_copiers_.notify_all();
     work_for_completer_.notify_all();
     work_for_writers_.notify_all();
+    if (!thread_ended_.wait_for(lock, std::chrono::duration<double>(timeout_s),
+                                [&] { return ended_threads_ == threads_.size(); }))
+      return false;
   }
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
-  arena_.release();
+  ended_threads_ = 0;
+  if (lost_chunks_ > 0) arena_.abandon();
+  else arena_.release();
+  return true;
 }
 
 bool Engine::forked() const { return ::getpid() != owner_; }
@@ -175,9 +190,13 @@ void Engine::use_device(int ordinal) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (stopping_) throw std::runtime_error("the engine is closed");
   if (devices_.empty()) {
-    start_thread(threads_, [this] { complete_loop(); });
     try {
-      start_thread(threads_, [this, device] { pin_arena(*device); });
+      start([this] { complete_loop(); });
+    } catch (const std::system_error& error) {
+      throw DeviceError({"starting a thread", error.what()});
+    }
+    try {
+      start([this, device] { pin_arena(*device); });
     } catch (const std::system_error& error) {
       pinned_chunks_ = arena_.chunks();
       pin_failure_ = {"starting a thread", error.what()};
@@ -203,6 +222,13 @@ void Engine::pin_arena(Device& device) {
 DeviceFailure Engine::pin_failure() {
   std::lock_guard<std::mutex> lock(mutex_);
   return pin_failure_;
+}
+
+DeviceFailure Engine::batch_failure() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (Device* device : devices_)
+    if (DeviceFailure failure = device->batch_failure()) return failure;
+  return {};
 }
 
 std::shared_ptr<Job> Engine::submit(std::string directory,
@@ -241,7 +267,9 @@ std::shared_ptr<Job> Engine::submit(std::string directory,
   for (const CallerStream& stream : streams) {
     Device* const device = Device::get(driver_, stream.device, &failure);
     job->devices_.push_back({device});
-    failure = device->record(stream.handle, &job->devices_.back().caller_done);
+    cuda::Event& caller_done = job->devices_.back().caller_done;
+    failure = device->acquire(&caller_done);
+    if (!failure) failure = device->record(stream.handle, caller_done);
     if (!failure) continue;
     job->give_events_back();
     throw DeviceError(failure);
@@ -250,6 +278,10 @@ std::shared_ptr<Job> Engine::submit(std::string directory,
   if (stopping_) {
     job->give_events_back();
     throw std::runtime_error("the engine is closed");
+  }
+  if (lost_chunks_ == arena_.chunks()) {
+    job->give_events_back();
+    throw DeviceError(all_lost());
   }
   unfinished_.push_back(job);
   if (!job->all_claimed_) to_fill_.push_back(job);
@@ -282,6 +314,15 @@ void Engine::give_back(Job& job, std::unique_ptr<Job::Chunk> chunk) {
   work_for_copiers_.notify_one();
 }
 
+// In place of giving back. Jobs that wait for a chunk are not left waiting for one that never comes.
+void Engine::lose(Job& job) {
+  --job.outstanding_chunks_;
+  if (++lost_chunks_ < arena_.chunks()) return;
+  const DeviceFailure why = all_lost();
+  for (const JobPtr& other : std::deque<JobPtr>(to_fill_))
+    fail(*other, {why.operation, "", -1, -1, 0, why.reason});
+}
+
 // Moves the job to the phases it has reached.
 void Engine::advance(Job& job) {
   const bool no_more_claims = job.all_claimed_ || job.failed_;
@@ -293,10 +334,10 @@ void Engine::advance(Job& job) {
   if (!job.released_ && no_more_claims && job.filling_ == 0) {
     job.released_ = true;
     job.times_.released_s = now_s() - job.submitted_s_;
-    job.give_events_back();
+    if (job.holding_back_ == 0) job.give_events_back();
     phase_changed_.notify_all();
   }
-  const bool done = job.failed_ ? job.released_ : job.unfinished_files_ == 0;
+  const bool done = job.failed_ ? job.released() : job.unfinished_files_ == 0;
   if (!job.finished_ && done && job.outstanding_chunks_ == 0) {
     job.finished_ = true;
     job.times_.finished_s = now_s() - job.submitted_s_;
@@ -360,9 +401,10 @@ void Engine::copy_loop() {
     const JobPtr job = to_fill_.front();
     const size_t buffer = take_buffer(*job);
     if (buffer == arena_.chunks()) {
+      const bool starved = free_buffers_.empty();  // else what is free is not pinned yet
       const double begin_s = now_s();
       work_for_copiers_.wait(lock);
-      job->times_.starved_s += (now_s() - begin_s) / copiers_;
+      if (starved) job->times_.starved_s += (now_s() - begin_s) / copiers_;
       continue;
     }
 
@@ -470,12 +512,22 @@ void Engine::enqueue(Job& job, Job::Chunk& chunk, Filling& filling) {
     if (filling.failed()) return;
     filling.error_number = faults::check(faults::Op::copy).error_number;
     if (filling.failed()) return;
-    DeviceFailure failure = from.device->copy(Device::Way::to_host, from.copies);
+    chunk.copying.reserve(filling.from.size());
     cuda::Event event = nullptr;
-    // Also after a failure: some copies may be under way, and the chunk is theirs until they end.
-    const DeviceFailure unrecorded = from.device->record(Device::Way::to_host, &event);
-    if (event != nullptr) chunk.copying.push_back({from.device, event});
-    if (!failure) failure = unrecorded;
+    DeviceFailure failure = from.device->acquire(&event);
+    if (!failure) {
+      chunk.in_doubt = true;
+      failure = from.device->copy(Device::Way::to_host, from.copies);
+      // Also after a failure: some copies may be under way, and the chunk is theirs until they end.
+      const DeviceFailure unrecorded = from.device->record(Device::Way::to_host, event);
+      if (unrecorded) {
+        from.device->give_back(event);
+      } else {
+        chunk.copying.push_back({from.device, event});
+        chunk.in_doubt = false;
+      }
+      if (!failure) failure = unrecorded;
+    }
     if (failure) {
       filling.device_failure = std::move(failure);
       return;
@@ -490,9 +542,11 @@ void Engine::order_after_caller(Job& job, Filling& filling) {
 }
 
 void Engine::record_last_copies(Job& job, Filling& filling) {
-  for (Job::DeviceUse& use : job.devices_)
-    if (DeviceFailure failure = use.device->record(Device::Way::to_host, &use.copies_done))
-      filling.device_failure = std::move(failure);
+  for (Job::DeviceUse& use : job.devices_) {
+    DeviceFailure failure = use.device->acquire(&use.copies_done);
+    if (!failure) failure = use.device->record(Device::Way::to_host, use.copies_done);
+    if (failure) filling.device_failure = std::move(failure);
+  }
 }
 
 // Sleeps until the devices are done with a chunk, oldest first.
@@ -509,7 +563,10 @@ void Engine::complete_loop() {
     lock.unlock();
     DeviceFailure failure;
     for (auto& [device, event] : task.chunk->copying) {
-      if (DeviceFailure one = device->wait(event)) failure = std::move(one);
+      if (DeviceFailure one = device->wait(event)) {
+        task.chunk->in_doubt = true;
+        failure = std::move(one);
+      }
       device->give_back(event);
     }
     task.chunk->copying.clear();
@@ -527,7 +584,9 @@ void Engine::complete_loop() {
 // The chunk has all its bytes, or none will come any more. Expects mutex_ to be held.
 void Engine::filled(const JobPtr& job, std::unique_ptr<Job::Chunk> chunk) {
   --job->filling_;
-  if (job->failed_) {
+  if (chunk->in_doubt) {
+    lose(*job);
+  } else if (job->failed_) {
     give_back(*job, std::move(chunk));
   } else {
     to_checksum_.push_back({job, std::move(chunk)});

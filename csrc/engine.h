@@ -10,6 +10,9 @@
 //     for the job any more, all its data synced if it succeeded.
 //   - A job that fails keeps its first error and stops early. The engine goes on with the others.
 //   - Memory: the arena and nothing that grows with the state.
+//   - A chunk into which a device may still be copying serves nobody else. Where the driver refuses to say
+//     when it has ended, the chunk is lost for good, and the arena stays mapped and pinned for as long as
+//     the process lives. (Its job has failed; what the device still reads for it comes to nothing.)
 //
 // Threads: copiers fill chunks and do nothing else, since that is what training waits for: bytes of
 // the host they copy, copies from devices they enqueue, chunk by chunk. One thread sleeps until the
@@ -42,6 +45,7 @@
 namespace asyncckpt {
 
 constexpr int32_t kNoSlab = -1;
+constexpr double kForever_s = 1e8;  // clocks overflow far beyond
 
 // Sources of one slab lie in one allocation of a device, and whatever lies between two of them may be
 // read too. Where they are as far apart as in the file, with nothing but literals between, one copy
@@ -91,8 +95,8 @@ class Job {
   // Gives the job up: it fails with operation "abort" unless it has finished or failed before.
   void abort();
 
-  bool released();
-  bool finished();
+  bool released() const { return released_; }
+  bool finished() const { return finished_; }
   JobError error();
   JobTimes times();
   bool direct();  // whether every file was written with O_DIRECT
@@ -120,6 +124,7 @@ class Job {
     size_t nbytes;
     std::vector<Piece> pieces;
     std::vector<std::pair<Device*, cuda::Event>> copying;  // until these have happened
+    bool in_doubt = false;  // copies may be under way whose end nothing tells
   };
   struct DeviceUse {
     Device* device;
@@ -153,17 +158,19 @@ class Job {
   std::vector<std::unique_ptr<FileState>> files_;
   std::vector<DeviceUse> devices_;
   std::once_flag ordered_;  // our copies behind the caller's work
-  // All below is guarded by Engine::mutex_.
+  // All below is guarded by Engine::mutex_, under which no driver is called: that may take long, and
+  // Python asks for what is here.
   size_t claiming_file_ = 0;
   size_t outstanding_chunks_ = 0;  // claimed and not yet given back
   size_t enqueuing_ = 0;           // claimed, and a copier is still at it
   size_t filling_ = 0;             // claimed, and copies are still under way
   size_t unfinished_files_ = 0;
+  size_t holding_back_ = 0;  // calls of hold_back() that use the events
   bool all_claimed_ = false;
   bool failed_ = false;
   bool enqueued_ = false;
-  bool released_ = false;
-  bool finished_ = false;
+  std::atomic<bool> released_{false};  // written under the mutex, read also without
+  std::atomic<bool> finished_{false};  // the same
   bool direct_ = true;
   JobError error_;
   JobTimes times_;
@@ -183,7 +190,8 @@ struct EngineOptions {
 class Engine {
  public:
   explicit Engine(const EngineOptions& options);
-  // As close(). Not to be run in a forked child: leak it there.
+  // As close(), however long that takes. Not to be run in a forked child, nor where close() gave up:
+  // leak it there.
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -200,8 +208,10 @@ class Engine {
                               std::vector<Source> sources,
                               const std::vector<CallerStream>& streams = {});
 
-  // Aborts what is in flight, so that every job finishes, and joins the threads. Idempotent.
-  void close();
+  // Aborts what is in flight, so that every job finishes, and joins the threads. False when that takes
+  // too long, as where a device hangs: then threads, arena and engine must be left as they are, which a
+  // later call may find ended after all. Idempotent.
+  bool close(double timeout_s);
 
   bool forked() const;  // true in a child of the process that made the engine: it has no threads
   size_t arena_nbytes() const { return arena_.nbytes(); }
@@ -209,6 +219,7 @@ class Engine {
   double prefault_s() const { return prefault_s_; }  // negative until done
   double pin_s() const { return pin_s_; }            // the same
   DeviceFailure pin_failure();                       // why part of the arena is not pinned
+  DeviceFailure batch_failure();                     // of the first device that refused: see Device
 
  private:
   friend class Job;
@@ -220,6 +231,8 @@ class Engine {
 
   struct Filling;
 
+  template <typename Body>
+  void start(Body body);
   void copy_loop();
   void complete_loop();
   void write_loop();
@@ -238,6 +251,7 @@ class Engine {
   // The rest expects mutex_ to be held.
   void fail(Job& job, JobError error);
   void give_back(Job& job, std::unique_ptr<Job::Chunk> chunk);
+  void lose(Job& job);
   void advance(Job& job);
 
   Arena arena_;
@@ -250,11 +264,13 @@ class Engine {
   std::condition_variable work_for_completer_;
   std::condition_variable work_for_writers_;
   std::condition_variable phase_changed_;
+  std::condition_variable thread_ended_;
   std::deque<JobPtr> to_fill_;
   std::deque<Task> to_complete_;
   std::deque<Task> to_checksum_;
   std::deque<Task> to_write_;
   std::vector<size_t> free_buffers_;
+  size_t lost_chunks_ = 0;  // that a device may be writing to, for all we will ever know
   std::vector<JobPtr> unfinished_;
   std::vector<Device*> devices_;
   size_t pinned_chunks_ = 0;  // from the first; all of them once pinning has ended, however it did
@@ -264,6 +280,7 @@ class Engine {
   std::atomic<double> prefault_s_{-1};
   std::atomic<double> pin_s_{-1};
   std::vector<std::thread> threads_;
+  size_t ended_threads_ = 0;
 };
 
 }  // namespace asyncckpt

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 #include "arena.h"
 #include "crc32.h"
@@ -23,25 +24,16 @@ class Reading::Buffers {
     if (!devices.empty()) arena_.pin(*devices[0], std::atomic<bool>{false}, [](size_t) {});
   }
   ~Buffers() {
-    for (auto& side : leaving_)
-      for (auto& [device, event] : side) {
-        device->wait(event);
-        device->give_back(event);
-      }
+    for (auto& side : leaving_) await(side);
+    if (in_doubt_) arena_.abandon();
   }
   Buffers(const Buffers&) = delete;
   Buffers& operator=(const Buffers&) = delete;
 
-  // Turns to the other buffer, and waits until it is free.
+  // Turns to the other buffer, and waits until it is free; after a failure it may never be.
   DeviceFailure turn() {
     side_ = 1 - side_;
-    DeviceFailure failure;
-    for (auto& [device, event] : leaving_[side_]) {
-      if (DeviceFailure one = device->wait(event)) failure = std::move(one);
-      device->give_back(event);
-    }
-    leaving_[side_].clear();
-    return failure;
+    return await(leaving_[side_]);
   }
 
   char* data() const { return arena_.chunk(side_); }
@@ -60,10 +52,19 @@ class Reading::Buffers {
       for (size_t i = 0; i < copies_.size(); ++i)
         if (of_[i] == device->ordinal()) mine_.push_back(copies_[i]);
       if (mine_.empty() || failure) continue;
-      failure = device->copy(Device::Way::to_device, mine_);
+      leaving_[side_].reserve(devices_.size());
       cuda::Event event = nullptr;
-      const DeviceFailure unrecorded = device->record(Device::Way::to_device, &event);
-      if (event != nullptr) leaving_[side_].push_back({device, event});
+      failure = device->acquire(&event);
+      if (failure) continue;
+      const bool was_in_doubt = std::exchange(in_doubt_, true);
+      failure = device->copy(Device::Way::to_device, mine_);
+      const DeviceFailure unrecorded = device->record(Device::Way::to_device, event);
+      if (unrecorded) {
+        device->give_back(event);
+      } else {
+        leaving_[side_].push_back({device, event});
+        in_doubt_ = was_in_doubt;
+      }
       if (!failure) failure = unrecorded;
     }
     copies_.clear();
@@ -72,12 +73,28 @@ class Reading::Buffers {
   }
 
  private:
+  using Leaving = std::vector<std::pair<Device*, cuda::Event>>;
+
+  DeviceFailure await(Leaving& leaving) {
+    DeviceFailure failure;
+    for (auto& [device, event] : leaving) {
+      if (DeviceFailure one = device->wait(event)) {
+        in_doubt_ = true;
+        failure = std::move(one);
+      }
+      device->give_back(event);
+    }
+    leaving.clear();
+    return failure;
+  }
+
   Arena arena_;
   const std::vector<Device*>& devices_;
   size_t side_ = 0;
   std::vector<DeviceCopy> copies_, mine_;
   std::vector<int> of_;
-  std::vector<std::pair<Device*, cuda::Event>> leaving_[2];
+  Leaving leaving_[2];
+  bool in_doubt_ = false;  // a device may read the buffers for longer than anything tells
 };
 
 Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct,
@@ -143,7 +160,8 @@ void Reading::use_devices(const std::string& driver, const std::vector<CallerStr
     if (device == nullptr) throw DeviceError(failure);
     devices_.push_back(device);
     cuda::Event event = nullptr;
-    failure = device->record(stream.handle, &event);
+    failure = device->acquire(&event);
+    if (!failure) failure = device->record(stream.handle, event);
     if (!failure) failure = device->order_after(Device::Way::to_device, event);
     device->give_back(event);
     if (failure) throw DeviceError(failure);
@@ -228,7 +246,11 @@ ReadError Reading::read_block(size_t index, uint64_t block, Buffers& buffers) {
   const bool checked = !file.block_crcs.empty() && (index + block) % file.checkers == file.checker;
   if (nbytes == 0 || (!needed && !checked)) return {};
 
-  DeviceFailure failure = buffers.turn();
+  const auto refused = [&](const DeviceFailure& failure) {
+    return ReadError{ReadError::Kind::device, failure.operation, file.path, block, 0, 0, 0,
+                     failure.reason};
+  };
+  if (const DeviceFailure failure = buffers.turn()) return refused(failure);
   char* const buffer = buffers.data();
   const int error_number =
       opened_[index]->file.read(buffer, nbytes, round_up(nbytes, kDirectAlignment), begin);
@@ -252,9 +274,7 @@ ReadError Reading::read_block(size_t index, uint64_t block, Buffers& buffers) {
                     static_cast<uintptr_t>(segment->address + (from - segment->offset))),
                 buffer + (from - begin), static_cast<size_t>(to - from));
   }
-  if (!failure) failure = buffers.send();
-  if (failure)
-    return {ReadError::Kind::device, failure.operation, file.path, block, 0, 0, 0, failure.reason};
+  if (const DeviceFailure failure = buffers.send()) return refused(failure);
   return {};
 }
 

@@ -194,7 +194,8 @@ struct World {
   int held = 0;
   uint64_t bytes_to_host = 0, bytes_to_device = 0;
   std::vector<Failure> failures, async_failures;
-  std::set<std::string> ignored;
+  std::set<std::string> ignored, stalled;
+  int stalling = 0;
   std::map<std::string, uint64_t> calls, counters;
   std::deque<std::string> log;
 };
@@ -531,6 +532,12 @@ class Call {
     }
     World& w = world();
     lock_ = Lock(w.mutex);
+    if (w.stalled.count(name) != 0) {
+      ++w.stalling;
+      announce();
+      w.changed.wait(lock_, [&] { return w.stalled.count(name) == 0; });
+      --w.stalling;
+    }
     w.log.push_back(std::string(name) + " " + std::to_string(this_thread()));
     if (w.log.size() > kLogLinesMax) w.log.pop_front();
     ++w.calls[name];
@@ -1094,6 +1101,7 @@ Result double_reset(unsigned seed, unsigned delay_us_max) {
   {
     Lock lock(w.mutex);
     w.holding = false;
+    w.stalled.clear();
     w.delay_us_max = 0;
     announce();
   }
@@ -1288,6 +1296,21 @@ void double_ignore(const char* entry_point, int on) {
   Lock lock(world().mutex);
   if (on != 0) world().ignored.insert(entry_point);
   else world().ignored.erase(entry_point);
+}
+
+// A driver that takes its time, as with a full launch queue: calls of the entry point stand still.
+void double_stall(const char* entry_point, int on) {
+  Lock lock(world().mutex);
+  if (on != 0) world().stalled.insert(entry_point);
+  else world().stalled.erase(entry_point);
+  announce();
+}
+
+int double_wait_stalled(int count, unsigned timeout_ms) {
+  World& w = world();
+  Lock lock(w.mutex);
+  return w.changed.wait_for(lock, std::chrono::milliseconds(timeout_ms),
+                            [&] { return w.stalling >= count; });
 }
 
 // A link as slow as the test likes: copies to the host stand still before their first byte.

@@ -127,6 +127,8 @@ _CONTROL: dict[str, tuple[Any, list[Any]]] = {
     "double_fail_async": (None, [c_char_p, c_uint64, c_int]),
     "double_poison": (c_int, [c_int, c_int]),
     "double_ignore": (None, [c_char_p, c_int]),
+    "double_stall": (None, [c_char_p, c_int]),
+    "double_wait_stalled": (c_int, [c_int, c_uint]),
     "double_hold_copies": (None, []),
     "double_release_copies": (None, []),
     "double_copies_held": (c_int, []),
@@ -309,6 +311,18 @@ class Double:
             yield
         finally:
             self._library.double_ignore(entry_point.encode(), 0)
+
+    @contextmanager
+    def stalling(self, entry_point: str) -> Iterator[None]:
+        """Calls of the entry point stand still, as they do while the device's queue is full."""
+        self._library.double_stall(entry_point.encode(), 1)
+        try:
+            yield
+        finally:
+            self._library.double_stall(entry_point.encode(), 0)
+
+    def wait_stalled(self, count: int = 1, timeout_s: float = 30) -> None:
+        assert self._library.double_wait_stalled(count, round(timeout_s * 1000)), "no call stands still"
 
     def hold_copies(self) -> None:
         """Copies to the host stand still before their first byte until `release_copies`."""

@@ -19,7 +19,7 @@ import itertools
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from ctypes import c_char, c_uint64
 from types import TracebackType
@@ -303,6 +303,9 @@ class FakeCuda:
         finally:
             self._streams()[at] = before
 
+    def wait_for(self, device: int, stream: int) -> None:
+        self.wait_stream(self.current_stream(device), stream, device)
+
     def wait_stream(self, handle: int, behind: int, device: int = 0) -> None:
         """What comes later on one stream waits for what was enqueued on the other so far."""
         default = self.double.default_stream(device)
@@ -348,9 +351,9 @@ class FakeCuda:
             del self._graphs[handle]
             self.double.end_capture(handle)
 
-    def is_capturing(self) -> bool:
-        """Whether one of this thread's current streams is being captured."""
-        return any(handle in self._graphs for handle in self._streams().values())
+    def is_capturing(self, used: Collection[int]) -> bool:
+        """Whether one of this thread's current streams of these devices, or of the first, is captured."""
+        return any(self._handle(device) in self._graphs for device in {0, *used})
 
     # -- operations of torch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType, TracebackType
 from typing import Any
@@ -130,7 +130,7 @@ class RealCuda:
         with torch.cuda.graph(graph, stream=self._stream(handle, device), capture_error_mode=mode):
             yield graph
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, used: Collection[int] = ()) -> bool:
         """Whether this thread's current stream is being captured."""
         return torch.cuda.is_current_stream_capturing()
 

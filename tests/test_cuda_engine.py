@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,7 @@ from tests.cuda_double import (
     Kernel,
 )
 
+faults = _native.faults
 CHUNK = 1 << 14
 DELAY_US_MAX = 300
 FORBIDDEN = {
@@ -210,6 +213,22 @@ def test_a_refused_batch_is_copied_one_by_one() -> None:
             finish(submit(engine, Path(directory), image, sources, STREAMS[:1]))
             assert Path(directory, "file").read_bytes() == contents(image, sources)
         assert double.count("cuMemcpyDtoHAsync_v2") == len(sources)
+
+
+def test_a_batch_that_is_refused_is_tried_once(tmp_path: Path) -> None:
+    for double in fresh("BATCH_V1_ONLY"):  # a library of its own, as above
+        sources = [Block(double, 100, seed=i) for i in range(20)]
+        with engine_over(double) as engine:
+            finish(submit(engine, tmp_path, image_of(sources, "batched"), sources, STREAMS[:1]))
+            assert double.count("cuMemcpyBatchAsync") == 1
+            assert engine.batch_failure == ""
+            double.fail("cuMemcpyBatchAsync", OUT_OF_MEMORY)
+            for name in ("refused", "after"):
+                image = image_of(sources, name)
+                finish(submit(engine, tmp_path, image, sources, STREAMS[:1]))
+                assert (tmp_path / name).read_bytes() == contents(image, sources)
+            assert double.count("cuMemcpyBatchAsync") == 2
+            assert "cuMemcpyBatchAsync: device 0: CUDA_ERROR_OUT_OF_MEMORY" in engine.batch_failure
 
 
 def test_nothing_waits_for_a_whole_stream_or_context(any_driver: Double, tmp_path: Path) -> None:
@@ -423,6 +442,29 @@ def test_the_host_waits_for_nothing_but_the_enqueueing(double: Double, tmp_path:
     assert (block.bytes == 3).all()
 
 
+def test_a_driver_that_takes_its_time_holds_up_nobody_else(double: Double, tmp_path: Path) -> None:
+    """While one thread makes its stream wait, others ask and save, and the copies may end."""
+    block, host = Block(double, 10 * CHUNK), HostBlock(CHUNK)
+    stream = double.new_stream(0)
+    with engine_over(double) as engine:
+        double.hold_copies()
+        job = submit(engine, tmp_path, image_of([block]), [block], [(0, stream)])
+        assert job.wait_enqueued(60)
+        holding_back = threading.Thread(target=job.hold_back, args=(0, stream))
+        with double.stalling("cuStreamWaitEvent"):
+            holding_back.start()
+            double.wait_stalled()
+            assert not job.released
+            assert job.error is None
+            finish(submit(engine, tmp_path, image_of([host], "other"), [host], []))
+            double.release_copies()
+            finish(job)
+            assert holding_back.is_alive()
+        holding_back.join(60)
+    assert not holding_back.is_alive()
+    double.finish(stream)
+
+
 def test_a_small_arena_is_enqueued_only_when_all_of_it_is(double: Double, tmp_path: Path) -> None:
     block = Block(double, 10 * CHUNK)
     with engine_over(double, chunks=2) as engine, double.holding_copies():
@@ -486,6 +528,17 @@ def test_memory_that_cannot_be_pinned_is_used_as_it_is(double: Double, tmp_path:
     assert double.counter("pageable") > 0
 
 
+def test_waiting_for_pinned_memory_is_not_the_disks_doing(double: Double, tmp_path: Path) -> None:
+    block = Block(double, 100)
+    with engine_over(double, chunks=4) as engine:
+        with double.stalling("cuMemHostRegister_v2"):
+            job = submit(engine, tmp_path, image_of([block]), [block], STREAMS[:1])
+            double.wait_stalled()
+            assert not job.wait_enqueued(0.1)
+        finish(job)
+        assert job.times_s[4] == 0
+
+
 def test_threads_keep_their_context(double: Double, tmp_path: Path) -> None:
     import ctypes
 
@@ -543,7 +596,78 @@ def test_a_refusal_fails_the_job_by_name_and_nothing_hangs(
         assert "CUDA_ERROR_ILLEGAL_ADDRESS" in said
         assert "cu" in said
         if not sticky:
-            finish(submit(engine, tmp_path, image_of(sources, "again"), sources, STREAMS[:1]))
+            image = image_of(sources, "again")
+            finish(submit(engine, tmp_path, image, sources, STREAMS[:1]))
+            assert (tmp_path / "again").read_bytes() == contents(image, sources)
+
+
+@pytest.mark.parametrize(
+    ("entry_point", "nth", "chunks"),
+    # Events are made only when the pool has none left, which takes a large job.
+    [("cuEventRecord", 1, 1), ("cuEventSynchronize", 0, 1), ("cuEventCreate", 0, 300)],
+)
+def test_a_chunk_that_may_still_be_written_to_serves_nobody_else(
+    double: Double, tmp_path: Path, entry_point: str, nth: int, chunks: int
+) -> None:
+    block, host = Block(double, chunks * CHUNK - 1000), HostBlock(2 * CHUNK, seed=2)
+    with engine_over(double, chunks + 4) as engine:
+        double.hold_copies()
+        double.fail(entry_point, OUT_OF_MEMORY, nth=nth)
+        job = submit(engine, tmp_path, image_of([block], "failed"), [block], STREAMS[:1])
+        assert job.wait_enqueued(60)
+        assert chunks > 1 or job.wait_finished(60)
+        double.wait_copies_held(1)
+        faults.arm(faults.Op.open, 0, faults.Kind.pause)
+        image = image_of([host], "next")
+        after = submit(engine, tmp_path, image, [host], [])
+        assert after.wait_released(60)  # its bytes are in chunks, and not written yet
+        assert faults.wait_for_hits(faults.Op.open, 1)
+        double.release_copies()
+        double.drain()
+        faults.disarm()
+        finish(after)
+        assert job.wait_finished(60)
+        assert job.error is not None
+        assert entry_point in job.error[0]
+    found = (tmp_path / "next").read_bytes()
+    assert found == contents(image, [host])
+    assert after.block_crcs(0) == [zlib.crc32(found[i : i + CHUNK]) for i in range(0, len(found), CHUNK)]
+
+
+@pytest.mark.parametrize(("entry_point", "nth"), [("cuEventRecord", 1), ("cuEventSynchronize", 0)])
+def test_the_arena_outlives_copies_whose_end_nobody_tells(
+    double: Double, tmp_path: Path, entry_point: str, nth: int
+) -> None:
+    before = double.registered_nbytes()
+    block = Block(double, 100)
+    with engine_over(double, chunks=4) as engine:
+        double.hold_copies()
+        double.fail(entry_point, OUT_OF_MEMORY, nth=nth)
+        job = submit(engine, tmp_path, image_of([block]), [block], STREAMS[:1])
+        assert job.wait_finished(60)
+        double.wait_copies_held(1)
+        engine.close()
+        assert double.counter("unregistered_in_use") == 0
+        assert double.registered_nbytes() == before + 4 * CHUNK
+        double.release_copies()
+        double.drain()  # into memory that is there
+
+
+def test_jobs_do_not_wait_for_chunks_that_are_all_lost(double: Double, tmp_path: Path) -> None:
+    block, host = Block(double, 100), HostBlock(100)
+    with engine_over(double, chunks=1) as engine:
+        faults.arm(faults.Op.open, 0, faults.Kind.pause)  # the only chunk is busy until all are queued
+        first = submit(engine, tmp_path, image_of([host], "first"), [host], [])
+        assert faults.wait_for_hits(faults.Op.open, 1)
+        double.fail("cuEventRecord", OUT_OF_MEMORY, nth=1)
+        second = submit(engine, tmp_path, image_of([block], "second"), [block], STREAMS[:1])
+        third = submit(engine, tmp_path, image_of([host], "third"), [host], [])
+        faults.disarm()
+        finish(first)
+        assert "cuEventRecord" in failed_with(second)
+        assert "done with any of this memory" in failed_with(third)
+        with pytest.raises(_native.DeviceError, match="done with any of this memory"):
+            submit(engine, tmp_path, image_of([host], "fourth"), [host], [])
 
 
 def test_an_error_that_comes_late_ends_every_wait(double: Double, tmp_path: Path) -> None:
@@ -597,6 +721,19 @@ def test_closing_waits_for_what_the_device_still_writes(double: Double, tmp_path
     assert double.counter("unregistered_in_use") == 0
 
 
+def test_closing_gives_up_on_a_device_that_hangs(double: Double, tmp_path: Path) -> None:
+    block = Block(double, 10 * CHUNK)
+    with engine_over(double, chunks=2) as engine:
+        with double.holding_copies():
+            job = submit(engine, tmp_path, image_of([block]), [block], STREAMS[:1])
+            double.wait_copies_held(1)
+            assert not engine.close(0.05)
+            assert not job.released
+        assert job.wait_finished(60)
+        assert engine.close()
+    assert double.counter("unregistered_in_use") == 0
+
+
 def test_a_driver_that_shuts_down_first_is_an_error(double: Double, tmp_path: Path) -> None:
     block = Block(double, 10 * CHUNK)
     with engine_over(double) as engine:
@@ -621,6 +758,34 @@ def test_no_driver_no_device_no_stream(double: Double, tmp_path: Path) -> None:
         with pytest.raises(_native.DeviceError, match=said):
             engine.use_device(0)
         engine.close()
+
+
+_NO_MORE_THREADS = """
+import resource, sys
+from asyncckpt import _native
+engine = _native.Engine(
+    arena_nbytes=4096, chunk_nbytes=4096, copiers=1, writers=1, direct=True, prefault=False,
+    driver=sys.argv[1],
+)
+try:
+    _native.device_crc32(sys.argv[1], 0, 0, 0, 0)  # the driver is loaded, with all threads of its own
+except _native.DeviceError:
+    pass
+with open("/proc/self/statm") as statm:
+    resource.setrlimit(resource.RLIMIT_AS, (int(statm.read().split()[0]) * 4096 + (1 << 20),) * 2)
+try:
+    engine.use_device(0)
+except _native.DeviceError as error:
+    sys.exit(0 if "starting a thread" in str(error) else f"said {error}")
+sys.exit("a thread was to be had")
+"""
+
+
+def test_a_thread_that_cannot_be_had_is_the_devices_failure(double: Double) -> None:
+    """There is no room for the stack of another."""
+    command = [sys.executable, "-c", _NO_MORE_THREADS, str(double.path)]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_an_old_driver_is_named() -> None:
@@ -743,6 +908,28 @@ def test_a_refusal_while_reading_is_named(double: Double, tmp_path: Path, entry_
     assert "CUDA_ERROR_ILLEGAL_ADDRESS" in error[-1]
 
 
+@pytest.mark.parametrize(("entry_point", "nth"), [("cuEventRecord", 1), ("cuEventSynchronize", 0)])
+def test_a_reading_leaves_buffers_that_a_device_may_still_read(
+    double: Double, tmp_path: Path, entry_point: str, nth: int
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(CHUNK))
+    before = double.registered_nbytes()
+    block, gate = Block(double, CHUNK), threading.Event()
+    stream = double.new_stream(0)
+    held = Kernel(lambda _: gate.wait(30) and None)
+    double.launch(stream, held)
+    double.fail(entry_point, OUT_OF_MEMORY, nth=nth)
+    error = read_into(double, path, [(0, CHUNK, block)], [(0, stream)])
+    assert error is not None
+    assert entry_point in error[1]
+    assert double.counter("unregistered_in_use") == 0
+    assert double.registered_nbytes() == before + 2 * CHUNK
+    gate.set()
+    double.drain()  # out of memory that is there
+    assert block.bytes.tobytes() == path.read_bytes()
+
+
 # ---------------------------------------------------------------------------- checksums
 
 
@@ -755,3 +942,24 @@ def test_checksums_of_device_memory(double: Double) -> None:
         assert crc == zlib.crc32(bytes([nbytes % 251]) * nbytes)
         double.finish(stream)  # of no bytes, nothing had to be waited for
         del kernel
+
+
+@pytest.mark.parametrize(("entry_point", "nth"), [("cuEventRecord", 1), ("cuEventSynchronize", 0)])
+def test_a_checksum_uses_no_buffer_that_a_device_may_still_write_to(
+    double: Double, entry_point: str, nth: int
+) -> None:
+    blocks = [Block(double, 10000, device, seed=device) for device in (0, 1)]
+
+    def crc(block: Block) -> int:
+        return _native.device_crc32(str(double.path), block.device, 0, block.address, block.nbytes)
+
+    crc(blocks[0])
+    pinned = double.registered_nbytes()
+    with double.holding_copies():
+        double.fail(entry_point, OUT_OF_MEMORY, nth=nth)
+        with pytest.raises(_native.DeviceError, match=entry_point):
+            crc(blocks[0])
+        double.wait_copies_held(1)
+    assert crc(blocks[1]) == zlib.crc32(blocks[1].bytes)
+    assert double.registered_nbytes() == pinned + (8 << 20)  # a pair of its own
+    double.drain()

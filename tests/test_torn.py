@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
 import pickle
 import threading
 from collections import OrderedDict, defaultdict, deque
@@ -470,6 +471,21 @@ def test_an_optimizer_over_other_parameters_is_not_blocked(tmp_path: Path) -> No
             assert not handle.done()
         handle.wait()
         assert checkpointer.steps() == [1]
+
+
+def test_a_forked_child_steps_without_a_look_at_its_parents_saves(tmp_path: Path) -> None:
+    """The engine's lock may have been held when it was forked, and nobody is there to let go of it."""
+    stranger = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    with AsyncCheckpointer(tmp_path, model=nn.Linear(4, 4)) as checkpointer:
+        asked: list[bool] = []
+        checkpointer._fence._at_risk = lambda: asked.append(True) or []  # type: ignore[func-returns-value]
+        child = os.fork()
+        if child == 0:
+            stranger.step()
+            os._exit(bool(asked))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        stranger.step()
+        assert asked
 
 
 def test_a_parameter_group_added_later_is_fenced(tmp_path: Path) -> None:
