@@ -223,6 +223,11 @@ class StoredTensor:
     parts: tuple[StoredPart, ...]
 
 
+def fits(live: torch.Tensor, stored: StoredTensor) -> bool:
+    """Whether a stored tensor has the live one's shape and dtype."""
+    return tuple(live.shape) == stored.shape and live.dtype == stored.dtype
+
+
 @dataclass
 class Matching:
     """What a load has to do.
