@@ -233,7 +233,7 @@ def _groups(
         block = blocks[item]
         if len(block.holders) > 1:
             said = (leaf.path, block.whole, block.offsets, block.shape, str(form[0]), item)
-            seen.setdefault(block.key, hashlib.sha256()).update(repr(said).encode())
+            seen.setdefault(block.holders.key, hashlib.sha256()).update(repr(said).encode())
     python = hashlib.sha256(repr([leaf.path for leaf in others]).encode())
     return (
         ("python", python.hexdigest()[:16]),
