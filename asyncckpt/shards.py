@@ -181,26 +181,35 @@ def shares(blocks: Sequence[tuple[Block, int, bool]], rank: int) -> list[tuple[t
     for block, itemsize, _ in blocks:
         totals[block.holders] = totals.get(block.holders, 0) + _elements(block.shape) * itemsize
     passed: dict[Holders, int] = dict.fromkeys(totals, 0)
-    mine: list[tuple[tuple[int, int], ...]] = []
+    mine = []
     for block, itemsize, can_cut in blocks:
         elements = _elements(block.shape)
-        nbytes = elements * itemsize
         begin = passed[block.holders]
-        passed[block.holders] = begin + nbytes
-        holders = block.holders
-        place = holders.place_of(rank)
-        total, count = totals[holders], len(holders)
-        if count == 1:
-            mine.append(((0, elements),))
-        elif not can_cut or nbytes < _SPLIT_NBYTES_MIN:
-            # Whole, to whoever writes the byte in its middle; of nothing, to the first.
-            middle = begin + nbytes // 2
-            writer = min(count - 1, middle * count // total) if total else 0
-            mine.append(((0, elements),) if writer == place else ())
-        else:
-            cuts = [_cut(total * index // count - begin, nbytes, itemsize) for index in (place, place + 1)]
-            mine.append(((cuts[0], cuts[1]),) if cuts[0] < cuts[1] else ())
+        passed[block.holders] = begin + elements * itemsize
+        place, count = block.holders.place_of(rank), len(block.holders)
+        mine.append(share(elements, itemsize, can_cut, begin, totals[block.holders], place, count))
     return mine
+
+
+def share(
+    elements: int, itemsize: int, can_cut: bool, begin: int, total: int, place: int, count: int
+) -> tuple[tuple[int, int], ...]:
+    """Which elements of one tensor the holder at `place` of `count` writes; at most one (begin, end).
+
+    Args:
+        begin: bytes of the tensors before it that they hold too.
+        total: bytes of all those tensors.
+    """
+    if count == 1:
+        return ((0, elements),)
+    nbytes = elements * itemsize
+    if not can_cut or nbytes < _SPLIT_NBYTES_MIN:
+        # Whole, to whoever writes the byte in its middle; of nothing, to the first.
+        middle = begin + nbytes // 2
+        writer = min(count - 1, middle * count // total) if total else 0
+        return ((0, elements),) if writer == place else ()
+    first, last = (_cut(total * index // count - begin, nbytes, itemsize) for index in (place, place + 1))
+    return ((first, last),) if first < last else ()
 
 
 def _cut(at_nbytes: int, nbytes: int, itemsize: int) -> int:

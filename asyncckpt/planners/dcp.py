@@ -164,9 +164,12 @@ class DcpPlanner(PlanCache):
         own = ImageBuilder(own_path(self._rank))
         torch_zip.lay_out(own, torch_zip.stem_of(own.path), (len(slots) - 1, slots[-1]), numbers[-1])
         images.append(own.build())
-        layout = distcp.pack_entries(entries, paths)
-        groups = _groups(blocks, tensors, others)
-        plan = WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature, layout, groups)
+        plan = WritePlan(
+            tuple(images), tuple(slots), tuple(names), untrusted, signature,
+            tree=distcp.pack_tree(paths, _forms(tensors, unique, blocks)),
+            layout=distcp.pack_layout(builder.path, entries, paths),
+            groups=_groups(blocks, tensors, others),
+        )  # fmt: skip
         return plan, sources
 
 
@@ -222,6 +225,16 @@ def _storage_numbers(names: list[str], written: list[tuple[str, Pickled]]) -> li
             names.append(f"{name} (storage {position})")
         numbers.append(storages)
     return numbers
+
+
+def _forms(
+    tensors: Sequence[_Tensor], unique: Sequence[torch.Tensor], blocks: Sequence[Block]
+) -> dict[str, distcp.TensorForm]:
+    """What all ranks that have a tensor know of it alike, also those that write nothing of it."""
+    return {
+        leaf.name: distcp.TensorForm(unique[item].dtype, blocks[item].whole, unique[item].requires_grad)
+        for leaf, item, _ in tensors
+    }
 
 
 def _groups(
