@@ -57,7 +57,8 @@ class Committer:
         self._root = root
         self._lease = lease
         self._ranks = ranks
-        self._metadata: tuple[list[bytes], bytes] = ([], b"")  # the last .metadata, and what it was made of
+        # The last .metadata, and the digests of what it was made of.
+        self._metadata: tuple[list[tuple[str, str]], bytes] = ([], b"")
         self._said_different = False
         self._keep = keep
         self._on_failure = on_failure
@@ -235,9 +236,11 @@ class Committer:
         ballots = self._ranks.collect(save.call, own)
         save.mark("voted")
         self._warn_of_differences(save, ballots)
-        layouts = self._ranks.layouts(ballots, save.begun()[0].plan.layout)
-        if layouts != self._metadata[0]:
-            self._metadata = (layouts, merged_metadata(layouts))
+        made_of = [(ballot.tree, ballot.layout) for ballot in ballots]
+        if made_of != self._metadata[0]:
+            plan = save.begun()[0].plan
+            layouts = self._ranks.layouts(ballots, plan.tree, plan.layout)
+            self._metadata = (made_of, merged_metadata(layouts))
         block_nbytes = files[0].block_nbytes
         entry = self._root.write_metadata(attempt, METADATA_PATH, self._metadata[1], block_nbytes)
         first = self._root.write_fragment(attempt, 0, (*files, entry))
@@ -267,7 +270,7 @@ class Committer:
         fragment = self._root.write_fragment(attempt, self._ranks.rank, files)
         self._root.settle_part(attempt)
         ballot = self._ballot(save, fragment)
-        self._ranks.say_layout(ballot.layout, snapshot.plan.layout)
+        self._ranks.say_layout(ballot, snapshot.plan.tree, snapshot.plan.layout)
         return ballot
 
     def _take_part(self, save: Save, ballot: Ballot) -> None:
@@ -292,6 +295,7 @@ class Committer:
             step=save.step,
             fragment=fragment,
             groups=snapshot.plan.groups,
+            tree=digest(snapshot.plan.tree),
             layout=digest(snapshot.plan.layout),
             pickles=snapshot.shared_crcs,
         )

@@ -38,7 +38,8 @@ class WritePlan:
         names: what each source is called in messages.
         untrusted: (leaf, class) of python leaves that load only with trusted=True.
         signature: plans with equal signatures are equal.
-        layout: where the items lie, for the rank that describes those of all ranks; empty if this plan does.
+        tree, layout: what the leaves are and where the items lie, for the rank that describes those of all
+            ranks; empty if this plan does.
         groups: (ranks that hold the same tensors, digest of what they are), to be compared among those ranks.
     """
 
@@ -47,6 +48,7 @@ class WritePlan:
     names: tuple[str, ...]
     untrusted: tuple[tuple[str, str], ...]
     signature: object
+    tree: bytes = b""
     layout: bytes = b""
     groups: tuple[tuple[str, str], ...] = ()
 

@@ -10,7 +10,9 @@ Guarantees:
   of their own, on a client of their own.
 - A rank that shows no life for `silence_s` is named in the error of all others. The observer's own clock
   decides.
-- Keys carry the run's incarnation and the save's number: a straggler cannot vote in a later save.
+- Keys carry the run's incarnation, and keys or ballots the save's number: a straggler cannot vote in a later
+  save.
+- What waiting costs the store does not grow with the ranks, and what a save leaves there is one outcome.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ import queue
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed
@@ -37,6 +40,11 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 _POLL_S = (0.001, 0.05)  # the first pause, and the longest: a vote takes as long as the slowest disk
+_POLLS_PER_S = 20_000  # of all ranks together; one TCPStore answers about three times as many calls
+_KEYS_PER_CALL = (
+    1024  # of a multi_get: 16,384 ballots in one call would take half a second, and hold up the heart
+)
+_LARGE_PER_CALL = 64
 _LOOK_AROUND_S = 2.0  # how often those who are waited for are asked for signs of life
 _BEATS_PER_SILENCE = 6
 _CLAIMED = 1 << 32  # more than ranks can count
@@ -69,6 +77,7 @@ class Ballot:
         groups: for each set of ranks that hold the same tensors, a digest of what they are to this rank.
         layout: digest of where its items lie; see `Ranks.say_layout`.
         pickles: CRC-32 of each python leaf that rank 0 saves for all.
+        tree: digest of what the leaves are.
     """
 
     rank: int
@@ -78,6 +87,7 @@ class Ballot:
     groups: tuple[tuple[str, str], ...] = ()
     layout: str = ""
     pickles: tuple[int, ...] = ()
+    tree: str = ""
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self), separators=(",", ":")).encode()
@@ -153,7 +163,19 @@ class StoreClient:
 
     def get_all(self, keys: Sequence[str]) -> list[bytes]:
         """Of keys that are known to be there."""
-        return list(self._call(lambda store: store.multi_get([self._prefix + key for key in keys])))
+        found: list[bytes] = []
+        for some in _batches([self._prefix + key for key in keys], _KEYS_PER_CALL):
+            found += self._call(partial(_multi_get, some))
+        return found
+
+    def absent(self, keys: Sequence[str]) -> list[str]:
+        """Those that are not there, in few calls where they are few."""
+        if not keys or self.has(*keys):
+            return []
+        if len(keys) == 1:
+            return list(keys)
+        half = len(keys) // 2
+        return self.absent(keys[:half]) + self.absent(keys[half:])
 
     def add(self, key: str, amount: int) -> int:
         return int(self._call(lambda store: store.add(self._prefix + key, amount)))
@@ -171,18 +193,30 @@ class StoreClient:
         self._call(delete)
 
     def put_large(self, key: str, value: bytes) -> None:
-        """Values of any size; `get_large` reads them. The key itself appears last."""
-        pieces = [value[at : at + _VALUE_NBYTES_MAX] for at in range(0, len(value), _VALUE_NBYTES_MAX)]
-        for index, piece in enumerate(pieces):
+        """Values of any size; `get_large` and `take_large` read them. The key itself appears last."""
+        first, *rest = (
+            value[at : at + _VALUE_NBYTES_MAX] for at in range(0, len(value) or 1, _VALUE_NBYTES_MAX)
+        )
+        for index, piece in enumerate(rest):
             self.set(f"{key}/{index}", piece)
-        self.set(key, str(len(pieces)).encode())
+        self.set(key, b"%d " % len(rest) + first)
 
     def get_large(self, key: str) -> bytes:
-        """What `put_large` put there; the key is known to be there, and is gone afterwards."""
-        keys = [f"{key}/{index}" for index in range(int(self.get(key)))]
-        value = b"".join(self.get(piece) for piece in keys)
-        self.delete(key, *keys)
-        return value
+        """What `put_large` put there; the key is known to be there, and stays."""
+        return self._whole(key, self.get(key))[0]
+
+    def take_large(self, keys: Sequence[str]) -> Iterator[bytes]:
+        """What `put_large` put there; the keys are known to be there, and are gone afterwards."""
+        for some in _batches(keys, _LARGE_PER_CALL):
+            wholes = [self._whole(key, data) for key, data in zip(some, self.get_all(some), strict=True)]
+            self.delete(*some, *(piece for _, pieces in wholes for piece in pieces))
+            yield from (value for value, _ in wholes)
+
+    def _whole(self, key: str, data: bytes) -> tuple[bytes, list[str]]:
+        """The value, and the keys besides its own that hold the rest of it."""
+        count, _, first = data.partition(b" ")
+        keys = [f"{key}/{index}" for index in range(int(count))]
+        return b"".join([first, *(self.get(piece) for piece in keys)]), keys
 
     def _call(self, function: Callable[[Any], _Result]) -> _Result:
         if self._broken is not None:
@@ -209,6 +243,14 @@ class StoreClient:
             except Exception as error:  # noqa: BLE001 -- a store's errors have no common class
                 answer.error = error
             answer.came.set()
+
+
+def _multi_get(keys: list[str], store: Store) -> list[bytes]:
+    return store.multi_get(keys)
+
+
+def _batches(keys: Sequence[str], size: int) -> Iterator[list[str]]:
+    return (list(keys[at : at + size]) for at in range(0, len(keys), size))
 
 
 class _Answer:
@@ -264,8 +306,9 @@ class Ranks:
         self._said = 0  # by rank 0, to each of the others
         self._closed = threading.Event()
         self._heart: threading.Thread | None = None
-        self._layouts: dict[int, tuple[str, bytes]] = {}  # rank 0: of each rank, by digest
-        self._layout_said = ""
+        self._layouts: dict[int, tuple[str, bytes]] = {}  # rank 0: of each rank, by digest; compressed
+        self._trees: dict[str, bytes] = {}  # rank 0: what ranks hold, by digest; most of them the same
+        self._layout_said = self._tree_said = ""
         self._loads = 0
 
     @property
@@ -351,17 +394,27 @@ class Ranks:
     def vote(self, save: int, ballot: Ballot) -> None:
         """Say how this rank's part of its `save`-th save went. Rank 0 knows its own."""
         if self._client is not None and not self.is_first:
-            self._client.set(f"{self._run}/{save}/ballot/{self.rank}", ballot.to_bytes())
+            # In the place of its last one: nobody has to delete ballots.
+            self._client.set(f"{self._run}/ballot/{self.rank}", b"%d " % save + ballot.to_bytes())
             if ballot.error is not None:
-                self._client.set(f"{self._run}/{save}/failed", str(self.rank).encode())
+                self._client.set(f"{self._run}/{save}/failed", ballot.to_bytes())
                 self._hear()  # whatever the others make of it
             self._client.add(f"{self._run}/{save}/voted", 1)  # last: when all have voted, all is there
 
-    def say_layout(self, name: str, layout: bytes) -> None:
-        """Tell rank 0 where this rank's items lie, unless it knows; `name` is the digest. Before the vote."""
-        if self._client is not None and not self.is_first and name != self._layout_said:
-            self._client.put_large(f"{self._run}/layout/{self.rank}/{name}", zlib.compress(layout))
-            self._layout_said = name
+    def say_layout(self, ballot: Ballot, tree: bytes, layout: bytes) -> None:
+        """Tell rank 0 where this rank's items lie, unless it knows, and what the leaves are, unless some rank
+        has told it the same. Before the vote: whoever dies in between fails the save of all."""
+        if self._client is None or self.is_first:
+            return
+        if ballot.tree != self._tree_said:
+            key = f"{self._run}/tree/{ballot.tree}"
+            if self._client.add(f"{key}/told", 1) == 1:
+                self._client.put_large(key, zlib.compress(tree))
+            self._tree_said = ballot.tree
+        if ballot.layout != self._layout_said:
+            key = f"{self._run}/layout/{self.rank}/{ballot.layout}"
+            self._client.put_large(key, zlib.compress(layout))
+            self._layout_said = ballot.layout
 
     def collect(self, save: int, own: Ballot) -> list[Ballot]:
         """Rank 0: all ballots, by rank.
@@ -378,35 +431,54 @@ class Ranks:
         while client.add(f"{key}/voted", 0) < len(others):
             if client.has(f"{key}/failed"):
                 break
-            silent = watch.silent(lambda: self._without(f"{key}/ballot", others))
+            silent = watch.silent(lambda ranks: self._not_voted(save, ranks))
             if silent is not None:
                 raise self._silence_of(silent)
             if not deadline.pause():
-                missing = self._without(f"{key}/ballot", others)
+                missing = self._not_voted(save, others)
                 raise RankError(f"{_named(missing)} did not vote within {self._timeout_s:g} s")
         if client.has(f"{key}/failed"):
-            failed = int(client.get(f"{key}/failed"))
-            ballot = Ballot.from_bytes(client.get(f"{key}/ballot/{failed}"))
-            raise RankError(f"rank {failed}: {ballot.error}")
-        ballots = [Ballot.from_bytes(d) for d in client.get_all([f"{key}/ballot/{r}" for r in others])]
-        ballots.insert(self.rank, own)
+            ballot = Ballot.from_bytes(client.get(f"{key}/failed"))
+            raise RankError(f"rank {ballot.rank}: {ballot.error}")
+        ballots = [own]
+        for rank, data in zip(others, client.get_all([self._slot(rank) for rank in others]), strict=True):
+            number, _, said = data.partition(b" ")
+            if int(number) != save:
+                raise RankError(f"rank {rank} went on to its next save before this one was decided")
+            ballots.append(Ballot.from_bytes(said))
         _check_alike(ballots)
         return ballots
 
-    def layouts(self, ballots: Sequence[Ballot], own: bytes) -> list[bytes]:
-        """Rank 0: where the items of each rank lie, by rank; fetched only where it changed."""
+    def _slot(self, rank: int) -> str:
+        return f"{self._run}/ballot/{rank}"
+
+    def _not_voted(self, save: int, ranks: Sequence[int]) -> list[int]:
         assert self._client is not None
-        found = []
-        for ballot in ballots:
-            if ballot.rank == self.rank:
-                found.append(own)
-                continue
-            known = self._layouts.get(ballot.rank)
-            if known is None or known[0] != ballot.layout:
-                data = self._client.get_large(f"{self._run}/layout/{ballot.rank}/{ballot.layout}")
-                known = self._layouts[ballot.rank] = (ballot.layout, zlib.decompress(data))
-            found.append(known[1])
-        return found
+        absent = set(self._client.absent([self._slot(rank) for rank in ranks]))
+        there = [rank for rank in ranks if self._slot(rank) not in absent]
+        ballots = self._client.get_all([self._slot(rank) for rank in there])
+        voted = {
+            rank for rank, data in zip(there, ballots, strict=True) if int(data.partition(b" ")[0]) >= save
+        }
+        return [rank for rank in ranks if rank not in voted]
+
+    def layouts(self, ballots: Sequence[Ballot], tree: bytes, layout: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """Rank 0: what the leaves of each rank are, and where its items lie, by rank; its own are handed in.
+        Fetched only where they changed, and unpacked one by one: all of them would be gigabytes."""
+        assert self._client is not None
+        own, *others = ballots
+        self._trees[own.tree] = tree
+        for name in dict.fromkeys(ballot.tree for ballot in others):
+            if name not in self._trees:
+                data = self._client.get_large(f"{self._run}/tree/{name}")
+                self._trees[name] = zlib.decompress(data)
+        new = [b for b in others if self._layouts.get(b.rank, ("", b""))[0] != b.layout]
+        keys = [f"{self._run}/layout/{ballot.rank}/{ballot.layout}" for ballot in new]
+        for ballot, data in zip(new, self._client.take_large(keys), strict=True):
+            self._layouts[ballot.rank] = (ballot.layout, data)
+        yield tree, layout
+        for ballot in others:
+            yield self._trees[ballot.tree], zlib.decompress(self._layouts[ballot.rank][1])
 
     def claim(self, save: int) -> None:
         """Rank 0, right before the step becomes visible: from here on the others wait for the outcome.
@@ -426,8 +498,7 @@ class Ranks:
         self._client.set(f"{self._run}/{save}/outcome", outcome.to_bytes())
         self._said += 1
         # The outcome stays: a rank may come late to a save that another rank's failure has ended.
-        ballots = [f"{self._run}/{save}/ballot/{rank}" for rank in range(self.world_size)]
-        self._client.delete(*ballots, f"{self._run}/{save}/voted", f"{self._run}/{save}/failed")
+        self._client.delete(f"{self._run}/{save}/voted", f"{self._run}/{save}/failed")
 
     def ended_early(self, save: int) -> Outcome | None:
         """The others: how it ended, if it has ended before this rank has voted."""
@@ -502,8 +573,7 @@ class Ranks:
             self._said += 1
             return words
         self._await([f"{key}/all"], [0], "to sum up")
-        pieces = int(self._client.get(f"{key}/all"))
-        words = json.loads(b"".join(self._client.get(f"{key}/all/{i}") for i in range(pieces)))
+        words = json.loads(self._client.get_large(f"{key}/all"))
         self._hear()
         return list(words)
 
@@ -512,37 +582,39 @@ class Ranks:
     def _await(self, keys: Sequence[str], ranks: Collection[int], to: str, *, watch: bool = True) -> None:
         """Wait until the keys are there; `ranks` set one each, or one of them all."""
         assert self._client is not None
-        deadline = _Deadline(self._timeout_s)
+        # Whoever waits for rank 0 does so with all the others.
+        deadline = _Deadline(self._timeout_s, polling=1 if self.is_first else self.world_size)
         watched = _Watch(self, [rank for rank in ranks if rank != self.rank])
         while not self._client.has(*keys):
-            silent = watched.silent(lambda: self._lacking(keys, ranks)) if watch else None
+            silent = watched.silent(lambda late: self._lacking(keys, ranks, late)) if watch else None
             if silent is not None:
                 raise self._silence_of(silent)
             if not deadline.pause():
                 raise RankError(
-                    f"{_named(self._lacking(keys, ranks))} took longer than {self._timeout_s:g} s {to}"
+                    f"{_named(self._lacking(keys, ranks, ranks))} took longer than {self._timeout_s:g} s {to}"
                 )
 
     def _silence_of(self, rank: int) -> RankError:
         return RankError(f"rank {rank} shows no sign of life since {self._silence_s:g} s: is it dead?")
 
-    def _lacking(self, keys: Sequence[str], ranks: Collection[int]) -> list[int]:
+    def _lacking(self, keys: Sequence[str], ranks: Collection[int], of: Collection[int]) -> list[int]:
+        """Those of `of` whose key is not there."""
         assert self._client is not None
         if len(keys) < len(ranks):
-            return list(ranks)
-        return [rank for key, rank in zip(keys, ranks, strict=True) if not self._client.has(key)]
-
-    def _without(self, key: str, ranks: Iterable[int]) -> list[int]:
-        assert self._client is not None
-        return [rank for rank in ranks if not self._client.has(f"{key}/{rank}")]
+            return list(of)
+        wanted = set(of)
+        absent = set(
+            self._client.absent([key for key, rank in zip(keys, ranks, strict=True) if rank in wanted])
+        )
+        return [rank for key, rank in zip(keys, ranks, strict=True) if key in absent]
 
     def beats_of(self, ranks: Sequence[int]) -> list[bytes]:
         """Their last signs of life; b"" of one that gave none yet."""
         assert self._client is not None
         keys = [f"{self._run}/beat/{rank}" for rank in ranks]
-        if keys and self._client.has(*keys):
-            return self._client.get_all(keys)
-        return [self._client.get(key) if self._client.has(key) else b"" for key in keys]
+        absent = set(self._client.absent(keys))
+        beats = iter(self._client.get_all([key for key in keys if key not in absent]))
+        return [b"" if key in absent else next(beats) for key in keys]
 
 
 def ranks_of(
@@ -569,11 +641,13 @@ def ranks_of(
 
 
 class _Deadline:
-    """Pauses that grow, until the time is up."""
+    """Pauses that grow, until the time is up; the longer, the more ranks are `polling` one store."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, polling: int = 1) -> None:
         self._ends_s = time.monotonic() + timeout_s
-        self._pause_s, self._longest_s = _POLL_S
+        shortest_s, longest_s = _POLL_S
+        stretch = max(1.0, polling / (longest_s * _POLLS_PER_S))
+        self._pause_s, self._longest_s = stretch * shortest_s, stretch * longest_s
 
     def pause(self) -> bool:
         """False when the time is up."""
@@ -594,8 +668,8 @@ class _Watch:
         self._of = list(of)
         self._looked_s = time.monotonic()
 
-    def silent(self, missing: Callable[[], list[int]]) -> int | None:
-        """A rank that is missing and has been silent for too long."""
+    def silent(self, missing: Callable[[Sequence[int]], list[int]]) -> int | None:
+        """A rank that has been silent for too long and is missing: `missing` tells which of some are."""
         now_s = time.monotonic()
         if not self._seen:
             self._seen = dict.fromkeys(self._of, (b"?", now_s))
@@ -603,14 +677,14 @@ class _Watch:
         if now_s - self._looked_s < every_s:
             return None
         self._looked_s = now_s
-        waited_for = missing()
-        for rank, beat in zip(waited_for, self._ranks.beats_of(waited_for), strict=True):
-            last, since_s = self._seen.get(rank, (b"?", now_s))
+        late = []
+        for rank, beat in zip(self._of, self._ranks.beats_of(self._of), strict=True):
+            last, since_s = self._seen[rank]
             if beat != last:
                 self._seen[rank] = (beat, now_s)
             elif now_s - since_s > self._ranks._silence_s:  # noqa: SLF001
-                return rank
-        return None
+                late.append(rank)
+        return next(iter(missing(late)), None) if late else None
 
 
 def _named(ranks: Sequence[int]) -> str:

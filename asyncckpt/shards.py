@@ -8,9 +8,11 @@ Pure: no communication.
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,24 +24,49 @@ _CUT_NBYTES = 4096  # where tensors are cut; keeps pieces aligned, and costs no 
 
 
 @dataclass(frozen=True)
+class Holders:
+    """The ranks that have the same box. What is asked of them takes no longer for 16,384 than for 8.
+
+    Attributes:
+        key: their name, the same on every rank; short, since ballots carry it. Equal keys, equal holders.
+        ranks: ascending.
+    """
+
+    key: str
+    ranks: range | tuple[int, ...] = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, ranks: Sequence[int]) -> Holders:
+        """Of ranks in ascending order. Those of one dimension of a mesh are evenly spaced."""
+        step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+        even = range(ranks[0], ranks[-1] + 1, step)
+        if even == ranks or tuple(even) == tuple(ranks):
+            return cls(f"{even[0]}-{even[-1]}" + (f":{step}" if step > 1 else ""), even)
+        named = hashlib.sha256(",".join(map(str, ranks)).encode()).hexdigest()[:16]
+        return cls(f"{ranks[0]}-{ranks[-1]} {named}", tuple(ranks))
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def place_of(self, rank: int) -> int:
+        """How many of them come before `rank`, which is one of them."""
+        return self.ranks.index(rank) if isinstance(self.ranks, range) else bisect_left(self.ranks, rank)
+
+
+@dataclass(frozen=True)
 class Block:
     """A box of a tensor.
 
     Attributes:
         whole: shape of the tensor.
         offsets, shape: of the box in it, in elements.
-        holders: the ranks that have this very box, ascending.
+        holders: the ranks that have this very box.
     """
 
     whole: tuple[int, ...]
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
-    holders: tuple[int, ...]
-
-    @property
-    def key(self) -> str:
-        """Its holders, as a name."""
-        return ",".join(map(str, self.holders))
+    holders: Holders
 
 
 def _dtensor() -> Any:
@@ -75,8 +102,9 @@ class Blocks:
     """
 
     def __init__(self, world_size: int) -> None:
-        self._all = tuple(range(world_size))
+        self._all = Holders.of(range(world_size))
         self._known: dict[Any, Block] = {}
+        self._replicas: dict[Any, Holders] = {}  # of each mesh, by the dimensions that do not shard
 
     def of(self, name: str, tensor: torch.Tensor) -> Block:
         """The block of `tensor` that is on this rank.
@@ -90,18 +118,32 @@ class Blocks:
         mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
         key = (mesh, placements, tuple(tensor.shape), tuple(local_of(tensor).shape))
         if key not in self._known:
-            self._known[key] = _block(name, tensor, mesh, placements)
+            offsets, local = _box(name, tensor, mesh, placements)
+            self._known[key] = Block(tuple(tensor.shape), offsets, local, self._holders_in(mesh, placements))
         return self._known[key]
 
+    def _holders_in(self, mesh: Any, placements: Sequence[Any]) -> Holders:
+        from torch.distributed.tensor import Replicate
 
-def _block(name: str, tensor: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Block:
-    from torch.distributed.tensor import Replicate
+        replicated = tuple(isinstance(placement, Replicate) for placement in placements)
+        if (mesh, replicated) not in self._replicas:
+            ranks, coordinate = mesh.mesh, mesh.get_coordinate()
+            for dim in reversed(range(ranks.ndim)):
+                if not replicated[dim]:
+                    ranks = ranks.select(dim, coordinate[dim])
+            self._replicas[mesh, replicated] = Holders.of(sorted(ranks.flatten().tolist()))
+        return self._replicas[mesh, replicated]
+
+
+def _box(
+    name: str, tensor: torch.Tensor, mesh: Any, placements: Sequence[Any]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offsets and shape of what is here."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if is_partial(tensor):
         raise LeafError(f"{name} cannot be saved: it holds partial sums ({placements}); redistribute it")
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
+    if mesh.get_coordinate() is None:
         raise LeafError(f"{name} cannot be saved: this rank is not in its mesh")
     shape, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     local = tuple(local_of(tensor).shape)
@@ -109,11 +151,7 @@ def _block(name: str, tensor: torch.Tensor, mesh: Any, placements: Sequence[Any]
         raise LeafError(
             f"{name} cannot be saved: {local} of it is here where {placements} says {tuple(shape)}"
         )
-    ranks = mesh.mesh
-    for dim in reversed(range(ranks.ndim)):
-        if not isinstance(placements[dim], Replicate):
-            ranks = ranks.select(dim, coordinate[dim])
-    return Block(tuple(tensor.shape), tuple(offsets), local, tuple(sorted(ranks.flatten().tolist())))
+    return tuple(offsets), local
 
 
 # ---------------------------------------------------------------------------- who writes what
@@ -141,30 +179,39 @@ def shares(blocks: Sequence[tuple[Block, int, bool]], rank: int) -> list[tuple[t
     Args:
         blocks: each with its itemsize, and whether it can be cut.
     """
-    totals: dict[tuple[int, ...], int] = {}
+    totals: dict[Holders, int] = {}
     for block, itemsize, _ in blocks:
         totals[block.holders] = totals.get(block.holders, 0) + _elements(block.shape) * itemsize
-    passed: dict[tuple[int, ...], int] = dict.fromkeys(totals, 0)
-    mine: list[tuple[tuple[int, int], ...]] = []
+    passed: dict[Holders, int] = dict.fromkeys(totals, 0)
+    mine = []
     for block, itemsize, can_cut in blocks:
         elements = _elements(block.shape)
-        nbytes = elements * itemsize
         begin = passed[block.holders]
-        passed[block.holders] = begin + nbytes
-        holders = block.holders
-        place = holders.index(rank)
-        total, count = totals[holders], len(holders)
-        if count == 1:
-            mine.append(((0, elements),))
-        elif not can_cut or nbytes < _SPLIT_NBYTES_MIN:
-            # Whole, to whoever writes the byte in its middle; of nothing, to the first.
-            middle = begin + nbytes // 2
-            writer = min(count - 1, middle * count // total) if total else 0
-            mine.append(((0, elements),) if writer == place else ())
-        else:
-            cuts = [_cut(total * index // count - begin, nbytes, itemsize) for index in (place, place + 1)]
-            mine.append(((cuts[0], cuts[1]),) if cuts[0] < cuts[1] else ())
+        passed[block.holders] = begin + elements * itemsize
+        place, count = block.holders.place_of(rank), len(block.holders)
+        mine.append(share(elements, itemsize, can_cut, begin, totals[block.holders], place, count))
     return mine
+
+
+def share(
+    elements: int, itemsize: int, can_cut: bool, begin: int, total: int, place: int, count: int
+) -> tuple[tuple[int, int], ...]:
+    """Which elements of one tensor the holder at `place` of `count` writes; at most one (begin, end).
+
+    Args:
+        begin: bytes of the tensors before it that they hold too.
+        total: bytes of all those tensors.
+    """
+    if count == 1:
+        return ((0, elements),)
+    nbytes = elements * itemsize
+    if not can_cut or nbytes < _SPLIT_NBYTES_MIN:
+        # Whole, to whoever writes the byte in its middle; of nothing, to the first.
+        middle = begin + nbytes // 2
+        writer = min(count - 1, middle * count // total) if total else 0
+        return ((0, elements),) if writer == place else ()
+    first, last = (_cut(total * index // count - begin, nbytes, itemsize) for index in (place, place + 1))
+    return ((first, last),) if first < last else ()
 
 
 def _cut(at_nbytes: int, nbytes: int, itemsize: int) -> int:

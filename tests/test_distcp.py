@@ -307,3 +307,62 @@ def test_foreign_objects_in_metadata_do_not_run(tmp_path: Path):
     assert not (tmp_path / "marker").exists()
     pickle.loads(data)
     assert (tmp_path / "marker").exists()
+
+
+# ---------------------------------------------------------------------------- of several ranks
+
+
+def said(
+    file: str, leaves: dict[str, distcp.TensorForm | None], pieces: list[tuple[str, tuple[int, ...], Any]]
+) -> tuple[bytes, bytes]:
+    """What a rank tells rank 0; pieces are (name, offsets, shape), shape None of python leaves."""
+    paths = {name: tuple(name.split(".")) for name in leaves}
+    entries = []
+    for index, (name, offsets, shape) in enumerate(pieces):
+        spec = None
+        if shape is not None:
+            spec = distcp.ItemSpec(name, torch.float32, (), (), 4).cut(shape)
+        span = distcp.Span(1000 * index, 900)
+        entries.append(distcp.Entry(name, file, span, spec, offsets=offsets if shape is not None else None))
+    forms = {name: form for name, form in leaves.items() if form is not None}
+    return distcp.pack_tree(paths, forms), distcp.pack_layout(file, entries, paths)
+
+
+def form(*shape: int, dtype: torch.dtype = torch.float32) -> distcp.TensorForm:
+    return distcp.TensorForm(dtype, shape, False)
+
+
+def test_ranks_with_different_trees_make_one_metadata() -> None:
+    """Pipeline stages have leaves of their own."""
+    first = said("0", {"a.w": form(4, 2), "step": None}, [("a.w", (0, 0), (2, 2)), ("step", (), None)])
+    same = said("1", {"a.w": form(4, 2), "step": None}, [("a.w", (2, 0), (2, 2))])
+    other = said("2", {"b.w": form(), "step": None}, [("b.w", (), ())])
+    assert first[0] == same[0] != other[0]
+    whole = pickle.loads(distcp.merged_metadata([first, same, other]))
+    assert list(whole.state_dict_metadata) == ["a.w", "step", "b.w"]
+    assert whole.planner_data == {"a.w": ("a", "w"), "step": ("step",), "b.w": ("b", "w")}
+    found = {(i.fqn, i.offset, i.index): s.relative_path for i, s in whole.storage_data.items()}
+    size = torch.Size
+    assert found == {
+        ("a.w", size((0, 0)), 0): "0",
+        ("a.w", size((2, 0)), 1): "1",
+        ("step", None, None): "0",
+        ("b.w", size(()), 0): "2",
+    }
+    assert [chunk.sizes for chunk in whole.state_dict_metadata["a.w"].chunks] == [size((2, 2))] * 2
+    assert whole.state_dict_metadata["a.w"].size == size((4, 2))
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (({"w": form(4)}, []), "the ranks have 2 of its 4 elements"),
+        (({"w": form(4), "v": None}, [("w", (2,), (2,))]), "v was written by no rank"),
+        (({"w": form(6)}, [("w", (2,), (4,))]), r"torch.float32\[4\] on one rank and torch.float32\[6\]"),
+        (({"w": form(4, dtype=torch.int32)}, [("w", (2,), (2,))]), r"and torch.int32\[4\] on another"),
+        (({"w": None}, [("w", (), None)]), r"torch.float32\[4\] on one rank and no tensor on another"),
+    ],
+)
+def test_what_ranks_do_not_have_together_is_named(second: Any, words: str) -> None:
+    with pytest.raises(LeafError, match=words):
+        distcp.merged_metadata([said("0", {"w": form(4)}, [("w", (0,), (2,))]), said("1", *second)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -183,20 +183,22 @@ def test_different_structures_are_told_apart(world: list[Ranks]) -> None:
 def test_layouts_cross_once_per_structure(store: TCPStore, world: list[Ranks]) -> None:
     layouts = {rank: f"layout {rank}".encode() * 1000 for rank in range(WORLD)}
     fetched: list[str] = []
-    get_large = StoreClient.get_large
+    take_large = StoreClient.take_large
 
-    def counted(client: StoreClient, key: str) -> bytes:
-        fetched.append(key)
-        return get_large(client, key)
+    def counted(client: StoreClient, keys: Sequence[str]) -> Iterator[bytes]:
+        fetched.extend(keys)
+        return take_large(client, keys)
 
     def save(number: int) -> list[bytes]:
-        votes = [ballot(rank, layout=digest(layouts[rank])) for rank in range(WORLD)]
-        each(world, lambda ranks: ranks.say_layout(digest(layouts[ranks.rank]), layouts[ranks.rank]))
+        votes = [ballot(rank, tree="tree", layout=digest(layouts[rank])) for rank in range(WORLD)]
+        each(world, lambda ranks: ranks.say_layout(votes[ranks.rank], b"tree", layouts[ranks.rank]))
         decide(world, number, votes)
-        return world[0].layouts(votes, layouts[0])
+        found = list(world[0].layouts(votes, b"tree", layouts[0]))
+        assert {tree for tree, _ in found} == {b"tree"}
+        return [layout for _, layout in found]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StoreClient, "get_large", counted)
+        patch.setattr(StoreClient, "take_large", counted)
         assert save(1) == list(layouts.values())
         assert len(fetched) == 3
         assert save(2) == list(layouts.values())
@@ -207,15 +209,66 @@ def test_layouts_cross_once_per_structure(store: TCPStore, world: list[Ranks]) -
     assert not [key for key in store.list_keys() if "/layout/" in key]
 
 
+def test_what_all_hold_alike_is_told_once(store: TCPStore, world: list[Ranks]) -> None:
+    votes = [ballot(rank, tree="two" if rank == 3 else "one", layout=f"{rank}") for rank in range(WORLD)]
+    trees = {"one": b"tree one", "two": b"tree two"}
+    for ranks in world:
+        ranks.say_layout(votes[ranks.rank], trees[votes[ranks.rank].tree], b"layout")
+    told = [key for key in store.list_keys() if "/tree/" in key and not key.endswith("/told")]
+    assert len(told) == 2
+    found = world[0].layouts(votes, b"tree one", b"layout")
+    assert [tree for tree, _ in found] == [trees[vote.tree] for vote in votes]
+
+
+def test_a_ballot_of_a_later_save_is_not_taken_for_this_one(world: list[Ranks]) -> None:
+    for ranks in world:
+        ranks.vote(1, ballot(ranks.rank))
+    world[3].vote(2, ballot(3, step=8))  # it gave up waiting
+    with pytest.raises(RankError, match="rank 3 went on to its next save before this one was decided"):
+        world[0].collect(1, ballot(0))
+
+
+def test_a_failure_is_read_also_from_a_rank_that_went_on(world: list[Ranks]) -> None:
+    world[3].vote(1, ballot(3, error="disk full"))
+    world[3].vote(2, ballot(3, step=8))
+    with pytest.raises(RankError, match="rank 3: disk full"):
+        world[0].collect(1, ballot(0))
+
+
+def test_many_that_wait_ask_the_store_no_more_often_than_few() -> None:
+    def asked_per_s(polling: int) -> float:
+        deadline = room._Deadline(10, polling)
+        return polling / deadline._longest_s
+
+    assert asked_per_s(8) == 8 / room._POLL_S[1]
+    assert asked_per_s(16_384) == pytest.approx(room._POLLS_PER_S)
+    assert room._Deadline(10, 16_384)._longest_s < 1
+
+
+def test_few_that_are_missing_are_found_in_few_calls(
+    store: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = StoreClient(store, "p/")
+    for index in range(64):
+        if index != 41:
+            client.set(f"{index}", b"")
+    calls = []
+    has = StoreClient.has
+    monkeypatch.setattr(StoreClient, "has", lambda self, *keys: calls.append(keys) or has(self, *keys))
+    assert client.absent([f"{index}" for index in range(64)]) == ["41"]
+    assert len(calls) <= 2 * 6 + 1
+    client.close()
+
+
 def test_values_larger_than_the_store_takes(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_VALUE_NBYTES_MAX", 1000)
     client = StoreClient(store, "p/")
     value = bytes(range(256)) * 50
     client.put_large("k", value)
-    assert client.get_large("k") == value
-    assert not client.has("k")
     client.put_large("empty", b"")
-    assert client.get_large("empty") == b""
+    assert client.get_large("k") == value
+    assert list(client.take_large(["k", "empty"])) == [value, b""]
+    assert client.absent(["k", "k/0", "empty"]) == ["k", "k/0", "empty"]
 
 
 def test_a_load_is_one_conversation(world: list[Ranks]) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncckpt.shards import Block, boxes, local_of, shares
+from asyncckpt.shards import Block, Holders, boxes, local_of, shares
 
 SHAPES = st.lists(st.integers(0, 7), max_size=4).map(tuple)
 
@@ -52,7 +52,7 @@ TENSORS = st.lists(
 
 
 def block(elements: int, holders: tuple[int, ...]) -> Block:
-    return Block((elements,), (0,), (elements,), holders)
+    return Block((elements,), (0,), (elements,), Holders.of(sorted(holders)))
 
 
 @given(TENSORS, st.integers(1, 9))

@@ -18,6 +18,7 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -214,104 +215,166 @@ def metadata_bytes(
         entries: pieces of one tensor follow each other in the order of their index.
         paths: where each name lies in the nested state dict; stock tools rebuild the nesting from it.
     """
-    dcp, filesystem = _stock()
-    described: dict[str, Any] = {}
-    stored: dict[Any, Any] = {}
-    # Equal values are one object: pickle then writes them once, and 50,000 names take no longer than a blink.
-    size_of = cache(torch.Size)
-    chunk_of = cache(dcp.ChunkStorageMetadata)
-    properties_of = cache(dcp.TensorProperties)
+    described = _Description(save_id)
     for entry in entries:
         spec = entry.spec
-        info = filesystem._StorageInfo(entry.file, entry.span.offset, entry.span.nbytes)
         if spec is None:
-            described[entry.fqn] = dcp.BytesStorageMetadata()
-            stored[dcp.MetadataIndex(entry.fqn)] = info
+            described.add_bytes(entry.fqn, entry.file, entry.span)
             continue
-        shape = size_of(spec.shape)
-        offsets = size_of((0,) * len(shape) if entry.offsets is None else entry.offsets)
-        tensor = described.get(entry.fqn)
-        if tensor is None:
-            whole_shape = shape if entry.global_shape is None else size_of(entry.global_shape)
-            properties = properties_of(spec.dtype, torch.strided, spec.requires_grad)
-            tensor = described[entry.fqn] = dcp.TensorStorageMetadata(properties, whole_shape, [])
-        stored[dcp.MetadataIndex(entry.fqn, offsets, len(tensor.chunks))] = info
-        tensor.chunks.append(chunk_of(offsets, shape))
-    whole = dcp.Metadata(described, dict(paths), stored, dcp.StorageMeta(save_id=save_id))
-    version = getattr(filesystem, "CURRENT_DCP_VERSION", None)
-    if version is not None:
-        whole.version = version
-    return pickle.dumps(whole, protocol=_PICKLE_PROTOCOL)
+        if entry.fqn not in described:
+            whole = spec.shape if entry.global_shape is None else entry.global_shape
+            described.begin_tensor(entry.fqn, spec.dtype, whole, spec.requires_grad)
+        offsets = (0,) * len(spec.shape) if entry.offsets is None else entry.offsets
+        described.add_piece(entry.fqn, entry.file, entry.span, offsets, spec.shape)
+    return described.to_bytes(paths)
 
 
-def pack_entries(entries: Iterable[Entry], paths: Mapping[str, tuple[PathStep, ...]]) -> bytes:
-    """Entries and paths of one rank, for `merged_metadata` on another. Deterministic."""
+class _Description:
+    """Builds a `Metadata`. Equal values in it are one object: pickle then writes them once, and 50,000 names
+    take no longer than a blink."""
+
+    def __init__(self, save_id: str | None = None) -> None:
+        self._dcp, self._filesystem = _stock()
+        self._save_id = save_id
+        self._described: dict[str, Any] = {}
+        self._stored: dict[Any, Any] = {}
+        self._size_of = cache(torch.Size)
+        self._chunk_of = cache(self._dcp.ChunkStorageMetadata)
+        self._properties_of = cache(self._dcp.TensorProperties)
+
+    def __contains__(self, fqn: str) -> bool:
+        return fqn in self._described
+
+    def add_bytes(self, fqn: str, file: str, span: Span) -> None:
+        self._described[fqn] = self._dcp.BytesStorageMetadata()
+        self._store(self._dcp.MetadataIndex(fqn), file, span)
+
+    def begin_tensor(self, fqn: str, dtype: torch.dtype, shape: _Sizes, requires_grad: bool) -> None:
+        properties = self._properties_of(dtype, torch.strided, requires_grad)
+        self._described[fqn] = self._dcp.TensorStorageMetadata(properties, self._size_of(shape), [])
+
+    def add_piece(self, fqn: str, file: str, span: Span, offsets: _Sizes, shape: _Sizes) -> None:
+        """In the order of their index."""
+        chunks, place = self._described[fqn].chunks, self._size_of(offsets)
+        self._store(self._dcp.MetadataIndex(fqn, place, len(chunks)), file, span)
+        chunks.append(self._chunk_of(place, self._size_of(shape)))
+
+    def _store(self, index: Any, file: str, span: Span) -> None:
+        self._stored[index] = self._filesystem._StorageInfo(file, span.offset, span.nbytes)
+
+    def to_bytes(self, paths: Mapping[str, tuple[PathStep, ...]]) -> bytes:
+        storage = self._dcp.StorageMeta(save_id=self._save_id)
+        whole = self._dcp.Metadata(self._described, dict(paths), self._stored, storage)
+        version = getattr(self._filesystem, "CURRENT_DCP_VERSION", None)
+        if version is not None:
+            whole.version = version
+        return pickle.dumps(whole, protocol=_PICKLE_PROTOCOL)
+
+
+# ---------------------------------------------------------------------------- .metadata of several ranks
+
+
+class TensorForm(NamedTuple):
+    """What all ranks know of a tensor alike."""
+
+    dtype: torch.dtype
+    shape: _Sizes  # of the whole
+    requires_grad: bool
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+def pack_tree(paths: Mapping[str, tuple[PathStep, ...]], forms: Mapping[str, TensorForm]) -> bytes:
+    """The leaves that a rank has, for `merged_metadata` on another: the same bytes from all ranks that have
+    the same. Those without a form are byte items."""
     rows = [
         [
-            entry.fqn, entry.file, *entry.span,
-            None if entry.spec is None else _packed_spec(entry.spec), entry.global_shape, entry.offsets,
+            fqn,
+            path,
+            [str(form.dtype).removeprefix("torch."), form.shape, form.requires_grad] if form else None,
         ]
+        for fqn, path, form in ((fqn, path, forms.get(fqn)) for fqn, path in paths.items())
+    ]
+    return json.dumps(rows, separators=(",", ":")).encode()
+
+
+def pack_layout(file: str, entries: Iterable[Entry], paths: Mapping[str, tuple[PathStep, ...]]) -> bytes:
+    """Where the items of one rank lie, all in one file; leaves go by their place in `pack_tree`."""
+    place = {fqn: index for index, fqn in enumerate(paths)}
+    rows = [
+        (
+            place[entry.fqn],
+            *entry.span,
+            *((*(entry.offsets or ()), *entry.spec.shape) if entry.spec is not None else ()),
+        )
         for entry in entries
-    ]  # fmt: skip
-    return json.dumps({"entries": rows, "paths": {k: list(v) for k, v in paths.items()}}).encode()
+    ]
+    return json.dumps([file, rows], separators=(",", ":")).encode()
 
 
-def _packed_spec(spec: ItemSpec) -> list[Any]:
-    return [str(spec.dtype).removeprefix("torch."), spec.shape, spec.requires_grad]
+class _Leaf:
+    """One name, as the ranks have described it so far."""
+
+    def __init__(self, path: tuple[PathStep, ...], form: TensorForm | None) -> None:
+        self.path = path
+        self.form = form
+        self.pieces: dict[_Sizes, tuple[str, Span, _Sizes]] = {}  # by offsets: file, span, shape
 
 
-def merged_metadata(packed: Iterable[bytes]) -> bytes:
-    """The contents of `.metadata` for the items of several ranks, each packed by `pack_entries`.
+def merged_metadata(packed: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The contents of `.metadata` for the items of several ranks: of each, `pack_tree` and `pack_layout`.
 
     Raises:
         LeafError: the pieces of a tensor are not the whole of it, or ranks disagree on what it is.
     """
-    paths: dict[str, tuple[PathStep, ...]] = {}
-    pieces: dict[str, dict[tuple[int, ...], Entry]] = {}
-    for data in packed:
-        fields = json.loads(data)
-        for fqn, path in fields["paths"].items():
-            paths.setdefault(fqn, tuple(path))
-        for fqn, file, offset, nbytes, spec, whole, offsets in fields["entries"]:
-            if spec is None:
-                entry = Entry(fqn, file, Span(offset, nbytes))
-            else:
-                dtype, shape = getattr(torch, spec[0]), tuple(spec[1])
-                entry = Entry(
-                    fqn, file, Span(offset, nbytes),
-                    ItemSpec(fqn, dtype, shape, (), 0, spec[2]), tuple(whole), tuple(offsets),
-                )  # fmt: skip
+    leaves: dict[str, _Leaf] = {}
+    trees: dict[bytes, list[_Leaf]] = {}
+    for tree, layout in packed:
+        here = trees.get(tree)
+        if here is None:
+            here = trees[tree] = _read_tree(tree, leaves)
+        file, rows = json.loads(layout)
+        for place, offset, nbytes, *box in rows:
+            leaf, ndim = here[place], len(box) // 2
             # Of a piece without elements, several ranks may have written the same.
-            pieces.setdefault(fqn, {}).setdefault(entry.offsets or (), entry)
-    for fqn in paths:
-        if fqn not in pieces:
-            raise LeafError(f"{fqn} was written by no rank")
-    place = {fqn: index for index, fqn in enumerate(paths)}
-    entries = []
-    for fqn in sorted(pieces, key=place.__getitem__):
-        found = [pieces[fqn][offsets] for offsets in sorted(pieces[fqn])]
-        _check_whole(fqn, found)
-        entries += found
-    return metadata_bytes(entries, paths)
+            leaf.pieces.setdefault(tuple(box[:ndim]), (file, Span(offset, nbytes), tuple(box[ndim:])))
+    described = _Description()
+    for fqn, leaf in leaves.items():
+        _check_whole(fqn, leaf)
+        if leaf.form is None:
+            file, span, _ = leaf.pieces[()]
+            described.add_bytes(fqn, file, span)
+            continue
+        described.begin_tensor(fqn, *leaf.form)
+        for offsets in sorted(leaf.pieces):
+            file, span, shape = leaf.pieces[offsets]
+            described.add_piece(fqn, file, span, offsets, shape)
+    return described.to_bytes({fqn: leaf.path for fqn, leaf in leaves.items()})
 
 
-def _check_whole(fqn: str, pieces: Sequence[Entry]) -> None:
-    first = pieces[0]
-    if first.spec is None or first.global_shape is None:
-        return
-    elements = 0
-    for piece in pieces:
-        spec = piece.spec
-        if spec is None or piece.global_shape != first.global_shape or spec.dtype != first.spec.dtype:
-            raise LeafError(f"{fqn} is {_shown(first)} on one rank and {_shown(piece)} on another")
-        elements += torch.Size(spec.shape).numel()
-    whole = torch.Size(first.global_shape).numel()
-    if elements != whole:
-        raise LeafError(f"{fqn}: the ranks have {elements} of its {whole} elements")
+def _read_tree(tree: bytes, leaves: dict[str, _Leaf]) -> list[_Leaf]:
+    """The leaves of one rank by their place; those that no rank before had are added to `leaves`."""
+    found = []
+    for fqn, path, packed in json.loads(tree):
+        form = None
+        if packed is not None:
+            form = TensorForm(getattr(torch, packed[0]), tuple(packed[1]), packed[2])
+        leaf = leaves.setdefault(fqn, _Leaf(tuple(path), form))
+        if (leaf.form and leaf.form[:2]) != (form and form[:2]):
+            here, there = leaf.form or "no tensor", form or "no tensor"
+            raise LeafError(f"{fqn} is {here} on one rank and {there} on another")
+        found.append(leaf)
+    return found
 
 
-def _shown(entry: Entry) -> str:
-    return "no tensor" if entry.spec is None else f"{entry.spec.dtype}{list(entry.global_shape or ())}"
+def _check_whole(fqn: str, leaf: _Leaf) -> None:
+    if not leaf.pieces:
+        raise LeafError(f"{fqn} was written by no rank")
+    if leaf.form is not None:
+        elements = sum(prod(shape) for _, _, shape in leaf.pieces.values())
+        if elements != prod(leaf.form.shape):
+            raise LeafError(f"{fqn}: the ranks have {elements} of its {prod(leaf.form.shape)} elements")
 
 
 def read_metadata(data: bytes, *, trusted: bool = False) -> Metadata:

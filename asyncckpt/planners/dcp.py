@@ -164,9 +164,12 @@ class DcpPlanner(PlanCache):
         own = ImageBuilder(own_path(self._rank))
         torch_zip.lay_out(own, torch_zip.stem_of(own.path), (len(slots) - 1, slots[-1]), numbers[-1])
         images.append(own.build())
-        layout = distcp.pack_entries(entries, paths)
-        groups = _groups(blocks, tensors, others)
-        plan = WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature, layout, groups)
+        plan = WritePlan(
+            tuple(images), tuple(slots), tuple(names), untrusted, signature,
+            tree=distcp.pack_tree(paths, _forms(tensors, unique, blocks)),
+            layout=distcp.pack_layout(builder.path, entries, paths),
+            groups=_groups(blocks, tensors, others),
+        )  # fmt: skip
         return plan, sources
 
 
@@ -224,6 +227,16 @@ def _storage_numbers(names: list[str], written: list[tuple[str, Pickled]]) -> li
     return numbers
 
 
+def _forms(
+    tensors: Sequence[_Tensor], unique: Sequence[torch.Tensor], blocks: Sequence[Block]
+) -> dict[str, distcp.TensorForm]:
+    """What all ranks that have a tensor know of it alike, also those that write nothing of it."""
+    return {
+        leaf.name: distcp.TensorForm(unique[item].dtype, blocks[item].whole, unique[item].requires_grad)
+        for leaf, item, _ in tensors
+    }
+
+
 def _groups(
     blocks: Sequence[Block], tensors: Sequence[_Tensor], others: Sequence[Leaf]
 ) -> tuple[tuple[str, str], ...]:
@@ -233,7 +246,7 @@ def _groups(
         block = blocks[item]
         if len(block.holders) > 1:
             said = (leaf.path, block.whole, block.offsets, block.shape, str(form[0]), item)
-            seen.setdefault(block.key, hashlib.sha256()).update(repr(said).encode())
+            seen.setdefault(block.holders.key, hashlib.sha256()).update(repr(said).encode())
     python = hashlib.sha256(repr([leaf.path for leaf in others]).encode())
     return (
         ("python", python.hexdigest()[:16]),
