@@ -32,6 +32,7 @@ from .errors import (
     ForkedError,
     LoadError,
     OptionError,
+    RankError,
     RootError,
     SaveError,
     SaveTimeoutError,
@@ -43,7 +44,7 @@ from .filesystem import Filesystem
 from .formats.manifest import checked_metadata
 from .inflight import ABORT_S, Deadline, PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
-from .lease import RootLease
+from .lease import RootLease, owner_of
 from .loader import Loader, Resume
 from .packing import Packer
 from .planners import planner_for
@@ -200,6 +201,8 @@ class AsyncCheckpointer:
                 return {"incarnation": incarnation}
 
             self._incarnation = self._ranks.begin(begin)["incarnation"]
+            if not self._ranks.alone:
+                self._join(path, read_only)
             self._root = CheckpointRoot(path, layout_named(layout), fs)
             self._loader = Loader(self._root, self._state, self._ranks)
             if read_only:
@@ -233,6 +236,20 @@ class AsyncCheckpointer:
             undo.pop_all()
         atexit.register(self._at_exit)
 
+    def _join(self, path: Path, read_only: bool) -> None:
+        """All ranks see one root, or none goes on."""
+        problem = ""
+        if not read_only and not self._ranks.is_first and owner_of(path) != self._incarnation:
+            problem = (
+                f"{path} is not the directory that rank 0 sees there; ranks need a filesystem that they share"
+            )
+        try:
+            self._ranks.join(problem)
+        except RankError:
+            if problem:
+                raise RootError(problem) from None
+            raise
+
     # -- saving
 
     def save(self, step: int, *, metadata: Mapping[str, Any] | None = None) -> SaveHandle:
@@ -261,11 +278,11 @@ class AsyncCheckpointer:
         step = options.as_step(step)
         if self._committer is None:
             raise RootError("this checkpointer is read_only")
-        if self._loader.must_load is not None:
-            raise LoadError(f"save() is refused until a load succeeds: {self._loader.must_load}")
         with self._lock:
             self._check_usable()  # another thread may have closed it meanwhile
-            self._calls += 1
+            self._calls += 1  # whatever comes of it: the same call has the same number on every rank
+            if self._loader.must_load is not None:
+                raise LoadError(f"save() is refused until a load succeeds: {self._loader.must_load}")
             save = Save(step, self._on_phase, self._calls)
             self._decide_released()
             if self._ranks.alone:
@@ -274,6 +291,7 @@ class AsyncCheckpointer:
             try:
                 if not self._make_room(save):
                     return SaveHandle(save, self._settle)
+                self._await_calls(self._heard_everywhere(save))
             except SaveTimeoutError as error:
                 self._abstain(save, error, self._committer)
                 raise
@@ -285,7 +303,9 @@ class AsyncCheckpointer:
                 self._begin(save, self._committer)
             except BaseException as error:
                 self._abstain(save, error, self._committer)
-                if self._on_error == "raise" or not isinstance(error, (WriteError, DeviceError)):
+                # What happens to one rank alone waits its turn where there are others; see _heard_everywhere.
+                waits = self._on_error == "warn" or not self._ranks.alone
+                if not waits or not isinstance(error, (WriteError, DeviceError)):
                     raise
                 if self._ranks.alone:
                     save.fail(error)
@@ -309,7 +329,7 @@ class AsyncCheckpointer:
             failure = (
                 error if isinstance(error, CheckpointError) else SaveError(f"step {save.step}: {error!r}")
             )
-            save.fail(failure)
+            save.refused = failure
             committer.take(save)
 
     def _begin(self, save: Save, committer: Committer) -> None:
@@ -364,7 +384,7 @@ class AsyncCheckpointer:
 
     def _check_step(self, step: int) -> None:
         for save in self._in_flight():
-            if save.error is None and step <= save.step:
+            if save.error is None and save.refused is None and step <= save.step:
                 kind = "is" if step == save.step else f"comes after step {save.step}, which is"
                 raise StepExistsError(f"step {step} {kind} in flight already")
         self._root.check_step(step)
@@ -383,6 +403,12 @@ class AsyncCheckpointer:
             for oldest in self._in_flight()[:1]:
                 self._await_room(oldest)
         return True
+
+    def _await_calls(self, last_call: int | None) -> None:
+        for save in self._in_flight():
+            if last_call is not None and save.call <= last_call:
+                self.fence()
+                self._await_room(save)
 
     def _await_room(self, oldest: Save) -> None:
         if not oldest.done.wait(self._fence_timeout_s):
@@ -612,6 +638,8 @@ class AsyncCheckpointer:
             self._closed = True
             if self._committer is not None:
                 self._close(self._committer)
+            else:
+                self._ranks.close()
         self._raise_failures()
 
     def _close(self, committer: Committer) -> None:

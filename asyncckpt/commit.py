@@ -283,6 +283,16 @@ class CheckpointRoot(RootView):
         for directory in (*reversed(attempt.directories), attempt.path):
             self._fs.fsync_dir(directory)
 
+    def check_fragment(self, attempt: Attempt, ref: FragmentRef) -> None:
+        """Raise SaveError unless this process sees a fragment that another rank wrote."""
+        path = attempt.path / ref.path
+        try:
+            nbytes = self._fs.stat(path).st_size
+        except OSError as problem:
+            raise SaveError(f"{path}, which another rank wrote, is not there: {problem}") from problem
+        if nbytes != ref.nbytes:
+            raise SaveError(f"{path}: another rank wrote {ref.nbytes} bytes, {nbytes} are there")
+
     def note_published(self, step: int) -> None:
         """Another rank has published `step` of this timeline."""
         with self._lock:

@@ -139,8 +139,8 @@ class Committer:
 
     def _written(self, save: Save) -> tuple[FileEntry, ...]:
         """What was written, once all of it is fsynced and known to be whole."""
-        if save.error is not None and save.snapshot is None:
-            raise save.error
+        if save.refused is not None:
+            raise save.refused
         snapshot, _ = save.begun()
         self._await_release(save, snapshot)
         if save.checked.is_set():
@@ -243,8 +243,13 @@ class Committer:
             self._metadata = (made_of, merged_metadata(layouts))
         block_nbytes = files[0].block_nbytes
         entry = self._root.write_metadata(attempt, METADATA_PATH, self._metadata[1], block_nbytes)
-        first = self._root.write_fragment(attempt, 0, (*files, entry))
-        return [first, *(ballot.fragment for ballot in ballots[1:] if ballot.fragment is not None)]
+        fragments = [self._root.write_fragment(attempt, 0, (*files, entry))]
+        for ballot in ballots[1:]:
+            if ballot.fragment is None:
+                raise RankError(f"rank {ballot.rank} voted for a part that it did not name")
+            self._root.check_fragment(attempt, ballot.fragment)
+            fragments.append(ballot.fragment)
+        return fragments
 
     def _warn_of_differences(self, save: Save, ballots: list[Ballot]) -> None:
         """Python leaves are saved once. What differs is most likely a rank's own."""

@@ -44,6 +44,7 @@ class Save:
         checked: set once the training thread has decided that nothing was torn, or that something was.
         done: set at the very end, durable or failed.
         heard: somebody was told of the error.
+        refused: why it could not even begin, where other ranks must hear of that.
         call: the how-manieth call of save() it is; the same on every rank.
         thread: that called save(); the one whose word on torn tensors counts.
     """
@@ -58,6 +59,7 @@ class Save:
         self.checked = threading.Event()
         self.done = threading.Event()
         self.heard = False
+        self.refused: CheckpointError | None = None
         self.thread = threading.get_ident()
         self.submitting_s = 0.0  # after the call; the engine's clock begins here
         self._copying_s = 0.0  # without the waits for the disk

@@ -103,6 +103,19 @@ class LeaseRecord:
         return f"{self.owner} (pid {self.pid} on {self.hostname}, since {self.since})"
 
 
+def owner_of(root: Path) -> str:
+    """The run that the lease of `root` names, as it is seen from here; empty if none is."""
+    try:
+        status = root.stat()
+        with _held_lock:  # closing a descriptor of the file would lose the lock, see above
+            if (status.st_dev, status.st_ino) in _held:
+                raise RootBusyError(f"{root} is owned by this very process")
+            record = LeaseRecord.from_bytes((root / LEASE_NAME).read_bytes())
+    except OSError:
+        return ""
+    return record.owner if record is not None else ""
+
+
 class RootLease:
     """The right to write under a root, until released or until the process dies.
 

@@ -6,8 +6,8 @@ Guarantees:
 - Until the verified pass begins, nothing live has changed: a step that does not fit leaves no trace.
 - Schedulers, samplers and generators are only touched after every byte was found good.
 - If a load does not finish, `must_load` says why: the live tensors may be half overwritten.
-- Of several ranks, all load the same step, or none does: each says how it went, twice, before anything live
-  changes and after it read its part.
+- Of several ranks, all load the same step, or none does: each says how it went before anything live changes,
+  after it read its part, and when all is in place.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class Loader:
         """See `AsyncCheckpointer.load_latest`."""
         passed_over: list[str] = []
         tried: set[tuple[int, str]] = set()
+        self._ranks.converse()
         while True:
             chosen = self._ranks.choose(lambda: self._choose(tried, passed_over))
             if chosen["bad"] is not None:
@@ -142,6 +143,7 @@ class Loader:
 
     def step(self, step: int, strict: bool, trusted: bool, verify_first: bool) -> Resume:
         """See `AsyncCheckpointer.load`."""
+        self._ranks.converse()
         chosen = self._ranks.choose(lambda: {"step": step})["step"]
 
         def find() -> StepEntry:
@@ -178,8 +180,12 @@ class Loader:
                 restore.read_tensors(files, matching.reads, share=self._share)
 
             self._together(read)
-        for action in matching.afterwards:
-            action()
+
+        def apply() -> None:
+            for action in matching.afterwards:
+                action()
+
+        self._together(apply)
         self.must_load = None
         self._root.resume_from(entry.step)
         if entry.foreign:

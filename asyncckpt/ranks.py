@@ -12,7 +12,7 @@ Guarantees:
   decides.
 - Keys carry the run's incarnation, and keys or ballots the save's number: a straggler cannot vote in a later
   save.
-- What waiting costs the store does not grow with the ranks, and what a save leaves there is one outcome.
+- What waiting costs the store does not grow with the ranks, and what a save leaves there is its outcome.
 """
 
 from __future__ import annotations
@@ -21,46 +21,28 @@ import atexit
 import hashlib
 import json
 import logging
-import queue
 import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch.distributed
 
 from .errors import OptionError, RankError
 from .formats.manifest import FragmentRef
+from .store import CALL_TIMEOUT_S, StoreClient
 
 _log = logging.getLogger(__name__)
 
-_Result = TypeVar("_Result")
-
 _POLL_S = (0.001, 0.05)  # the first pause, and the longest: a vote takes as long as the slowest disk
 _POLLS_PER_S = 20_000  # of all ranks together; one TCPStore answers about three times as many calls
-_KEYS_PER_CALL = (
-    1024  # of a multi_get: 16,384 ballots in one call would take half a second, and hold up the heart
-)
-_LARGE_PER_CALL = 64
 _LOOK_AROUND_S = 2.0  # how often those who are waited for are asked for signs of life
 _BEATS_PER_SILENCE = 6
 _CLAIMED = 1 << 32  # more than ranks can count
-_CALL_TIMEOUT_S = 30.0  # a store that answers no single call for so long is gone
-_VALUE_NBYTES_MAX = 4 << 20  # TCPStore refuses values of more than 8 MiB
-
-
-class Store(Protocol):
-    """What is needed of a torch.distributed.Store."""
-
-    def set(self, key: str, value: Any, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def check(self, keys: list[str], /) -> bool: ...
-    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
-    def add(self, key: str, amount: int, /) -> int: ...
-    def delete_key(self, key: str, /) -> bool: ...
+_EAGER_S = 0.05  # between two signs of life while ranks are still joining
+_WORD_LENGTH_MAX = 4096  # n ranks fetch the words of n
 
 
 # ---------------------------------------------------------------------------- what is said
@@ -121,156 +103,6 @@ def digest(value: bytes) -> str:
     return hashlib.sha256(value).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------- the store
-
-
-class StoreClient:
-    """Calls of a store that cannot hang their caller.
-
-    Args:
-        store: any torch.distributed store. A client of our own is made of it where it can be: a blocking call
-            of somebody else's holds a shared one for seconds.
-        prefix: of all keys.
-
-    Thread-safe. A call that its deadline overtook leaves the client unusable: nobody knows what it did.
-    """
-
-    def __init__(self, store: Any, prefix: str) -> None:
-        self._prefix = prefix
-        self._shared: Any = store
-        self._store: Store | None = None
-        self._calls: queue.SimpleQueue[tuple[Callable[[Any], Any], _Answer] | None] = queue.SimpleQueue()
-        self._broken: str | None = None
-        self._thread = threading.Thread(target=self._run, name="asyncckpt-store", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """End the thread, unless it hangs in a call."""
-        self._calls.put(None)
-        if self._broken is None:
-            self._thread.join(_CALL_TIMEOUT_S)
-
-    def set(self, key: str, value: bytes) -> None:
-        self._call(lambda store: store.set(self._prefix + key, value))
-
-    def get(self, key: str) -> bytes:
-        """Of a key that is known to be there."""
-        return bytes(self._call(lambda store: store.get(self._prefix + key)))
-
-    def has(self, *keys: str) -> bool:
-        """Whether all of them are there."""
-        return bool(self._call(lambda store: store.check([self._prefix + key for key in keys])))
-
-    def get_all(self, keys: Sequence[str]) -> list[bytes]:
-        """Of keys that are known to be there."""
-        found: list[bytes] = []
-        for some in _batches([self._prefix + key for key in keys], _KEYS_PER_CALL):
-            found += self._call(partial(_multi_get, some))
-        return found
-
-    def absent(self, keys: Sequence[str]) -> list[str]:
-        """Those that are not there, in few calls where they are few."""
-        if not keys or self.has(*keys):
-            return []
-        if len(keys) == 1:
-            return list(keys)
-        half = len(keys) // 2
-        return self.absent(keys[:half]) + self.absent(keys[half:])
-
-    def add(self, key: str, amount: int) -> int:
-        return int(self._call(lambda store: store.add(self._prefix + key, amount)))
-
-    def delete(self, *keys: str) -> None:
-        """What is not there may be missing; a store that cannot delete keeps its keys."""
-
-        def delete(store: Any) -> None:
-            for key in keys:
-                try:
-                    store.delete_key(self._prefix + key)
-                except (RuntimeError, NotImplementedError):
-                    return
-
-        self._call(delete)
-
-    def put_large(self, key: str, value: bytes) -> None:
-        """Values of any size; `get_large` and `take_large` read them. The key itself appears last."""
-        first, *rest = (
-            value[at : at + _VALUE_NBYTES_MAX] for at in range(0, len(value) or 1, _VALUE_NBYTES_MAX)
-        )
-        for index, piece in enumerate(rest):
-            self.set(f"{key}/{index}", piece)
-        self.set(key, b"%d " % len(rest) + first)
-
-    def get_large(self, key: str) -> bytes:
-        """What `put_large` put there; the key is known to be there, and stays."""
-        return self._whole(key, self.get(key))[0]
-
-    def take_large(self, keys: Sequence[str]) -> Iterator[bytes]:
-        """What `put_large` put there; the keys are known to be there, and are gone afterwards."""
-        for some in _batches(keys, _LARGE_PER_CALL):
-            wholes = [self._whole(key, data) for key, data in zip(some, self.get_all(some), strict=True)]
-            self.delete(*some, *(piece for _, pieces in wholes for piece in pieces))
-            yield from (value for value, _ in wholes)
-
-    def _whole(self, key: str, data: bytes) -> tuple[bytes, list[str]]:
-        """The value, and the keys besides its own that hold the rest of it."""
-        count, _, first = data.partition(b" ")
-        keys = [f"{key}/{index}" for index in range(int(count))]
-        return b"".join([first, *(self.get(piece) for piece in keys)]), keys
-
-    def _call(self, function: Callable[[Any], _Result]) -> _Result:
-        if self._broken is not None:
-            raise RankError(self._broken)
-        answer = _Answer()
-        self._calls.put((function, answer))
-        if not answer.came.wait(_CALL_TIMEOUT_S):
-            self._broken = f"the store has not answered for {_CALL_TIMEOUT_S:g} s: is its host stopped?"
-            raise RankError(self._broken)
-        if answer.error is not None:
-            raise RankError(
-                f"the store cannot be reached: is the process that hosts it dead? ({answer.error})"
-            ) from answer.error
-        result: _Result = answer.result
-        return result
-
-    def _run(self) -> None:
-        while (item := self._calls.get()) is not None:
-            function, answer = item
-            try:
-                if self._store is None:
-                    self._store = _own_client(self._shared)
-                answer.result = function(self._store)
-            except Exception as error:  # noqa: BLE001 -- a store's errors have no common class
-                answer.error = error
-            answer.came.set()
-
-
-def _multi_get(keys: list[str], store: Store) -> list[bytes]:
-    return store.multi_get(keys)
-
-
-def _batches(keys: Sequence[str], size: int) -> Iterator[list[str]]:
-    return (list(keys[at : at + size]) for at in range(0, len(keys), size))
-
-
-class _Answer:
-    def __init__(self) -> None:
-        self.came = threading.Event()
-        self.result: Any = None
-        self.error: Exception | None = None
-
-
-def _own_client(store: Any) -> Any:
-    try:
-        return store.clone()
-    except (
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-    ):  # before torch 2.7, or a store of another kind
-        return store
-
-
 # ---------------------------------------------------------------------------- ranks
 
 
@@ -309,7 +141,9 @@ class Ranks:
         self._layouts: dict[int, tuple[str, bytes]] = {}  # rank 0: of each rank, by digest; compressed
         self._trees: dict[str, bytes] = {}  # rank 0: what ranks hold, by digest; most of them the same
         self._layout_said = self._tree_said = ""
-        self._loads = 0
+        self._generation = 0  # of conversations; rank 0 counts them, the others follow
+        self._turn = 0  # in this conversation
+        self._joined = threading.Event()
 
     @property
     def alone(self) -> bool:
@@ -331,7 +165,7 @@ class Ranks:
         atexit.unregister(self.close)
         self._closed.set()
         if self._heart is not None:
-            self._heart.join(_CALL_TIMEOUT_S)
+            self._heart.join(CALL_TIMEOUT_S)
         if self._client is not None:
             self._client.close()
 
@@ -350,6 +184,9 @@ class Ranks:
     def begin(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Rank 0 makes something (JSON), all get it. `make` runs there alone.
 
+        The others believe a beginning only while they see rank 0 live on it: one that was left in the store
+        by a rank 0 that failed or died is nobody's.
+
         Raises:
             RankError: rank 0 failed, or does not answer; on rank 0 whatever `make` raises.
         """
@@ -358,36 +195,73 @@ class Ranks:
             self._run = str(made["incarnation"])
             return made
         client = self._client
-        # Ranks that come back one by one after a failure must not meet what was said before it.
         attempt = client.add(f"begin/{self.rank}", 1)
-        key = f"begun/{attempt}"
         if self.is_first:
             try:
                 made = make()
             except BaseException as error:
-                client.set(key, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+                client.set(f"refused/{attempt}", f"{type(error).__name__}: {error}".encode())
                 raise
-            client.set(key, json.dumps(made).encode())
+            client.set("begun", json.dumps(made).encode())
         else:
-            self._await([key], [0], "to begin", watch=False)
-            made = json.loads(client.get(key))
-            if "error" in made:
-                raise RankError(f"rank 0 could not begin: {made['error']}")
+            made = self._await_beginning(client, f"refused/{attempt}")
         self._run = str(made["incarnation"])
         self._heart = threading.Thread(target=self._beat_on, name="asyncckpt-rank", daemon=True)
         self._heart.start()
         return dict(made)
 
+    def _await_beginning(self, client: StoreClient, refused: str) -> dict[str, Any]:
+        deadline = _Deadline(self._timeout_s, polling=self.world_size)
+        seen: dict[str, bytes] = {}  # beats of rank 0, by incarnation
+        while True:
+            if client.has(refused):
+                raise RankError(f"rank 0 could not begin: {client.get(refused).decode()}")
+            if client.has("begun"):
+                made: dict[str, Any] = json.loads(client.get("begun"))
+                key = f"{made['incarnation']}/beat/0"
+                if client.has(key):
+                    beat = client.get(key)
+                    if seen.setdefault(key, beat) != beat:
+                        return made
+            if not deadline.pause():
+                raise RankError(
+                    f"rank 0 took longer than {self._timeout_s:g} s to begin: has it a checkpointer over a "
+                    f"root of this very name?"
+                )
+
+    def join(self, problem: str) -> None:
+        """All have begun, or none has.
+
+        Args:
+            problem: why this rank cannot take part; empty if it can.
+
+        Raises:
+            RankError: another rank cannot, or does not come.
+        """
+        if self._client is None:
+            return
+        try:
+            self.converse()
+            said = self.all_say(problem)
+        finally:
+            self._joined.set()
+        for rank, word in enumerate(said):
+            if word:
+                raise RankError(f"rank {rank} cannot take part: {word}")
+
     def _beat_on(self) -> None:
         assert self._client is not None
-        while True:
+        while not self._closed.is_set():
             self._beats += 1
             try:
                 self._client.set(f"{self._run}/beat/{self.rank}", str(self._beats).encode())
-            except RankError:
-                return  # whoever needs the store will hear of it
-            if self._closed.wait(self._silence_s / _BEATS_PER_SILENCE):
-                return
+            except RankError as problem:  # whoever needs the store will hear of it; it may come back
+                _log.debug("no sign of life: %s", problem)
+            self._closed.wait(
+                self._silence_s / _BEATS_PER_SILENCE
+                if self._joined.is_set() or not self.is_first
+                else _EAGER_S
+            )
 
     # -- a save
 
@@ -531,62 +405,103 @@ class Ranks:
 
     # -- a load
 
+    def converse(self) -> None:
+        """Begin a conversation: calls of `choose` and `all_say` that come in the same order on every rank.
+
+        A new one is rank 0's to begin. So whoever gave an earlier one up, at another turn than the others,
+        meets them again.
+
+        Raises:
+            RankError: rank 0 does not begin one.
+        """
+        if self._client is None:
+            return
+        self._turn = 0
+        if self.is_first:
+            self._generation += 1
+            self._client.set(f"{self._run}/generation", str(self._generation).encode())
+            return
+        deadline = _Deadline(self._timeout_s, polling=self.world_size)
+        watch = _Watch(self, [0])
+        key = f"{self._run}/generation"
+        while not self._client.has(key) or int(self._client.get(key)) <= self._generation:
+            if watch.silent(list) is not None:
+                raise self._silence_of(0)
+            if not deadline.pause():
+                raise RankError(f"rank 0 took longer than {self._timeout_s:g} s to begin to load")
+        self._generation = int(self._client.get(key))
+
     def choose(self, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Rank 0 decides (JSON), all get it. Every rank calls this and `all_say` in the same order.
+        """Rank 0 decides (JSON), all get it.
 
         Raises:
             RankError: rank 0 does not answer; or it failed: then rank 0 raises what `choose` raised.
         """
         if self._client is None:
             return choose()
-        self._loads += 1
-        key = f"{self._run}/load/{self._loads}"
+        key = self._next_turn()
         if self.is_first:
             try:
                 chosen = choose()
             except BaseException as error:
-                self._client.set(key, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
-                self._said += 1
+                self._tell(key, {"error": f"{type(error).__name__}: {error}"})
                 raise
-            self._client.set(key, json.dumps(chosen).encode())
-            self._said += 1
+            self._tell(key, chosen)
             return chosen
-        self._await([key], [0], "to choose a step")
-        chosen = dict(json.loads(self._client.get(key)))
-        self._hear()
-        if "error" in chosen:
-            raise RankError(f"rank 0: {chosen['error']}")
-        return chosen
+        return dict(self._told(key, "to choose a step"))
 
     def all_say(self, word: str) -> list[str]:
-        """What every rank says, by rank, on every rank."""
+        """What every rank says, by rank, on every rank; the first few thousand letters of it.
+
+        Raises:
+            RankError: a rank says nothing in time, or shows no sign of life: the same on every rank.
+        """
         if self._client is None:
             return [word]
-        self._loads += 1
-        key = f"{self._run}/load/{self._loads}"
-        self._client.set(f"{key}/{self.rank}", word.encode())
-        if self.is_first:
-            keys = [f"{key}/{rank}" for rank in range(self.world_size)]
-            self._await(keys, range(self.world_size), "to load")
-            words = [data.decode() for data in self._client.get_all(keys)]
-            self._client.put_large(f"{key}/all", json.dumps(words).encode())
-            self._said += 1
-            return words
-        self._await([f"{key}/all"], [0], "to sum up")
-        words = json.loads(self._client.get_large(f"{key}/all"))
+        key = self._next_turn()
+        word = word[:_WORD_LENGTH_MAX]
+        if not self.is_first:
+            self._client.set(f"{key}/{self.rank}", word.encode())
+            return list(self._told(key, "to sum up")["said"])
+        others = range(1, self.world_size)
+        keys = [f"{key}/{rank}" for rank in others]
+        try:
+            self._await(keys, others, "to load")
+        except RankError as error:
+            self._tell(key, {"error": str(error)})
+            raise
+        said = [word, *(data.decode() for data in self._client.get_all(keys))]
+        self._tell(key, {"said": said})
+        return said
+
+    def _next_turn(self) -> str:
+        self._turn += 1
+        return f"{self._run}/load/{self._generation}/{self._turn}"
+
+    def _tell(self, key: str, what: dict[str, Any]) -> None:
+        assert self._client is not None
+        self._client.put_large(key, json.dumps(what).encode())
+        self._said += 1
+
+    def _told(self, key: str, to: str) -> dict[str, Any]:
+        assert self._client is not None
+        self._await([key], [0], to)
+        told: dict[str, Any] = json.loads(self._client.get_large(key))
         self._hear()
-        return list(words)
+        if "error" in told:
+            raise RankError(f"rank 0: {told['error']}")
+        return told
 
     # -- waiting
 
-    def _await(self, keys: Sequence[str], ranks: Collection[int], to: str, *, watch: bool = True) -> None:
+    def _await(self, keys: Sequence[str], ranks: Collection[int], to: str) -> None:
         """Wait until the keys are there; `ranks` set one each, or one of them all."""
         assert self._client is not None
         # Whoever waits for rank 0 does so with all the others.
         deadline = _Deadline(self._timeout_s, polling=1 if self.is_first else self.world_size)
         watched = _Watch(self, [rank for rank in ranks if rank != self.rank])
         while not self._client.has(*keys):
-            silent = watched.silent(lambda late: self._lacking(keys, ranks, late)) if watch else None
+            silent = watched.silent(lambda late: self._lacking(keys, ranks, late))
             if silent is not None:
                 raise self._silence_of(silent)
             if not deadline.pause():

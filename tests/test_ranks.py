@@ -13,9 +13,11 @@ import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from asyncckpt import ranks as room
+from asyncckpt import store as store_room
 from asyncckpt.errors import OptionError, RankError
 from asyncckpt.formats.manifest import FragmentRef
-from asyncckpt.ranks import Ballot, Outcome, Ranks, StoreClient, digest
+from asyncckpt.ranks import Ballot, Outcome, Ranks, digest
+from asyncckpt.store import StoreClient
 
 WORLD = 4
 SOON_S = 0.4  # a deadline that tests let pass
@@ -261,7 +263,7 @@ def test_few_that_are_missing_are_found_in_few_calls(
 
 
 def test_values_larger_than_the_store_takes(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_VALUE_NBYTES_MAX", 1000)
+    monkeypatch.setattr(store_room, "_VALUE_NBYTES_MAX", 1000)
     client = StoreClient(store, "p/")
     value = bytes(range(256)) * 50
     client.put_large("k", value)
@@ -273,6 +275,7 @@ def test_values_larger_than_the_store_takes(store: TCPStore, monkeypatch: pytest
 
 def test_a_load_is_one_conversation(world: list[Ranks]) -> None:
     def act(ranks: Ranks) -> Any:
+        ranks.converse()
         first = ranks.choose(lambda: {"step": 450})
         said = ranks.all_say("corrupt" if ranks.rank == 2 else "ok")
         second = ranks.choose(lambda: {"step": 400})
@@ -282,10 +285,98 @@ def test_a_load_is_one_conversation(world: list[Ranks]) -> None:
     assert each(world, act) == [expected] * WORLD
 
 
+def test_who_gave_a_conversation_up_meets_the_others_in_the_next(store: TCPStore) -> None:
+    world = make(store, timeout_s=SOON_S)
+
+    def talk(ranks: Ranks) -> Any:
+        ranks.converse()
+        chosen = ranks.choose(lambda: {"step": 1})
+        if ranks.rank == 2:
+            return chosen  # an interrupt, say
+        return ranks.all_say("ok")
+
+    futures = start(world, talk)
+    assert futures[2].result(60) == {"step": 1}
+    for rank in (0, 1, 3):
+        with pytest.raises(RankError, match=r"rank 2 took longer than 0.4 s to load"):
+            futures[rank].result(60)
+
+    def again(ranks: Ranks) -> Any:
+        ranks.converse()
+        return ranks.choose(lambda: {"step": 2}), ranks.all_say("ok")
+
+    assert each(world, again) == [({"step": 2}, ["ok"] * WORLD)] * WORLD
+
+
+def test_who_dies_in_a_conversation_is_named_by_all_at_once(store: TCPStore) -> None:
+    world = make(store, timeout_s=3600, silence_s=SOON_S)
+    stop_heart(world[3])
+
+    def talk(ranks: Ranks) -> Any:
+        ranks.converse()
+        return ranks.all_say("ok")
+
+    for future in start(world[:3], talk):
+        with pytest.raises(RankError, match="rank 3 shows no sign of life"):
+            future.result(30)
+
+
+def test_words_are_cut(world: list[Ranks]) -> None:
+    def talk(ranks: Ranks) -> Any:
+        ranks.converse()
+        return ranks.all_say("long " * 3_000_000)
+
+    for said in each(world, talk):
+        assert {len(word) for word in said} == {4096}
+
+
+def test_a_beginning_that_a_dead_run_left_behind_is_nobodys(store: TCPStore) -> None:
+    first = make(store)
+    for ranks in first:
+        stop_heart(ranks)
+    late = Ranks(store, 1, WORLD, "test", SOON_S, 30)
+    made_here.append(late)
+    with pytest.raises(RankError, match=r"rank 0 took longer than 0.4 s to begin"):
+        late.begin(dict)
+    again = make(store, begun=False)
+    found = each(again, lambda ranks: ranks.begin(lambda: {"incarnation": "second"}))
+    assert found == [{"incarnation": "second"}] * WORLD
+
+
+def test_all_join_or_none(store: TCPStore) -> None:
+    world = make(store)
+    for ranks, future in zip(
+        world, start(world, lambda r: r.join("no disk" if r.rank == 2 else "")), strict=True
+    ):
+        with pytest.raises(RankError, match="rank 2 cannot take part: no disk"):
+            future.result(60)
+        assert ranks._joined.is_set()
+    each(world, lambda ranks: ranks.join(""))
+
+
+def test_a_heart_outlives_a_store_that_fails_once(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make(store, timeout_s=3600, silence_s=SOON_S)
+    refused = threading.Event()
+    plain = StoreClient.set
+
+    def once(client: StoreClient, key: str, value: bytes) -> None:
+        if key.endswith("/beat/2") and not refused.is_set():
+            refused.set()
+            raise RankError("a packet was lost")
+        plain(client, key, value)
+
+    monkeypatch.setattr(StoreClient, "set", once)
+    assert refused.wait(30)
+    before = world[0].beats_of([2])
+    threading.Event().wait(SOON_S)
+    assert world[0].beats_of([2]) != before
+
+
 def test_a_first_rank_that_finds_nothing_says_so(world: list[Ranks]) -> None:
     def nothing() -> dict[str, Any]:
         raise OptionError("no step is good")
 
+    each(world, lambda ranks: ranks.converse())
     futures = start(world, lambda ranks: ranks.choose(nothing))
     with pytest.raises(OptionError, match="no step is good"):
         futures[0].result(60)
@@ -399,7 +490,7 @@ def test_the_first_rank_does_not_wait_for_the_dead_for_ever(store: TCPStore, cap
 
 
 def test_a_store_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_CALL_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(store_room, "CALL_TIMEOUT_S", 0.2)
     release = threading.Event()
 
     class Hanging:
@@ -409,9 +500,8 @@ def test_a_store_that_hangs_does_not_hang_us(monkeypatch: pytest.MonkeyPatch) ->
     client = StoreClient(Hanging(), "p/")
     with pytest.raises(RankError, match=r"has not answered for 0.2 s"):
         client.has("x")
-    with pytest.raises(RankError, match="has not answered"):  # it is not asked again
-        client.set("x", b"")
     release.set()
+    assert client.has("y")  # on a new thread; the old one is left behind
     client.close()
 
 
