@@ -9,12 +9,11 @@ that they are on hand whatever comes first. Opcodes: pickletools.py of CPython.
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-_MEMO_BEGIN = 1 << 12  # below: what pickle.dumps puts there for a part, and reads back within that part
 
 
 class RawPickle:
@@ -26,8 +25,12 @@ class RawPickle:
 
     @staticmethod
     def plain(value: Any) -> bytes:
-        """Any value that is said once. It shares nothing with the rest, and is small."""
-        return pickle.dumps(value, protocol=2)[2:-1]  # without PROTO and STOP
+        """Any value that is said once, is small and does not contain itself."""
+        sink = io.BytesIO()
+        pickler = pickle.Pickler(sink, protocol=2)
+        pickler.fast = True  # uses no memo: that is ours
+        pickler.dump(value)
+        return sink.getvalue()[2:-1]  # without PROTO and STOP
 
     @staticmethod
     def integer(value: int) -> bytes:
@@ -48,7 +51,7 @@ class RawPickle:
         return self._remember(self.plain(value))
 
     def _remember(self, part: bytes) -> bytes:
-        number = struct.pack("<I", _MEMO_BEGIN + len(self._front))
+        number = struct.pack("<I", len(self._front))
         self._front.append(part + b"r" + number + b"0")  # LONG_BINPUT, POP
         return b"j" + number  # LONG_BINGET
 
