@@ -48,8 +48,8 @@ middle and last are compared with real plans, byte for byte. *Memory* is the pea
 _HOW_VOTES = """**How.** A TCPStore on loopback, hosted by rank 0's process. Of the other ranks, up to
 {clients} are real clients, threads of {processes} processes with a connection each, that run the code of a
 run: say the layout, vote, ask for the outcome as often as in a world of that size, beat. The rest are
-**simulated**: a loader votes for them, by the same code, before the real ones do; they do not wait and do not
-beat. One real client votes so late that the others have come to ask as rarely as they ever do: that is how it
+**simulated**: a loader votes for them, by the same code, before the real ones do; they do not wait, and beat
+once. One real client votes so late that the others have come to ask as rarely as they ever do: that is how it
 is when disks take seconds. State: {voted}. One first save, {later} later ones, with nothing to publish.
 
 - *Last ballot to rank 0*: until rank 0 has read and compared all ballots.
@@ -67,12 +67,14 @@ _MEANING = """## What this means on a real cluster
   plans. A store that serves as many connections has more to do per call; it has to accept them first,
   and its host to allow as many open files.
 - **The store's own limit**: one client had {calls} calls a second answered here. Ranks that wait stay
-  below {polls} together; ballots, outcomes and beats come on top.
+  below {polls} together; ballots, outcomes, beats and looks for signs of life come on top.
 - **Not measured: the network.** Loopback has no latency to speak of. A vote adds {one_calls} round trips
   per rank, of all ranks at once; rank 0 fetches {keys} ballots in one.
 - **Not measured: filesystems.** Plans and votes touch none. What a real one does with the files of all
   ranks in one directory is not in these figures; nor are node-local disks, where a step needs each
   node's rename.
+- **Not measured: loads.** Every rank then hears a word of every other: that grows with the square of their
+  number, once per resume.
 - **Not written yet**: Megatron's shared `distrib_optim.pt`. Its ranks would vote as these do; how they
   write one file together is not in these figures.
 - **Where it grows**: `.metadata` has an entry for every piece. {worst} over {worst_ranks} ranks cuts
@@ -92,7 +94,7 @@ def page(document: dict[str, Any]) -> str:
     if document["tiny"]:
         parts.append(_TINY)
     parts += [
-        machine_line(document["machine"]),
+        machine_line(document["machine"]) + "\n",
         _STATE.format(
             parameters=config["parameters"] / 1e9,
             weights=config["weights"],

@@ -103,6 +103,12 @@ class Loader(Ranks):
     def __init__(self, store: Any, world_size: int) -> None:
         super().__init__(store, 1, world_size, NAME, TIMEOUT_S, SILENCE_S)
         self._run = INCARNATION  # as `begin` would have it
+        self._closed.set()  # a heart that beats once
+
+    def beat_for(self, part: Part) -> None:
+        """One sign of life."""
+        self.rank = part.ballot.rank
+        self._beat_on()
 
     def vote_for(self, save: int, part: Part) -> None:
         self.rank = part.ballot.rank
@@ -150,8 +156,7 @@ def traffic(parts: Sequence[Part]) -> dict[str, Any]:
                 "one_rank": one,
                 "other_ranks": {key: rest[key] + one[key] + heard[key] for key in rest},
             }
-        others._closed.set()  # noqa: SLF001 -- one beat, and no more
-        others._beat_on()  # noqa: SLF001
+        others.beat_for(parts[-1])
         found["beat"] = of_others.traffic.take()
         others.ended_early(3)
         found["check_bytes"] = of_others.traffic.take()["up_bytes"]

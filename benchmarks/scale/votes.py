@@ -2,7 +2,7 @@
 
 A TCPStore on loopback; rank 0 in this process; some of the other ranks are real clients, threads of a few
 processes with a connection each. The rest are *simulated*: a loader says for them, by the same code and
-before the real ones vote, what they would say. They neither wait nor beat.
+before the real ones vote, what they would say. They do not wait, and beat once.
 """
 
 from __future__ import annotations
@@ -147,6 +147,8 @@ def world_of(parts: Sequence[Part], clients: int, processes: int) -> Iterator[Wo
             theirs.close()
             pipes.append(ours)
         first.begin(lambda: {"incarnation": INCARNATION})
+        for part in simulated:
+            loader.beat_for(part)
         for pipe in pipes:
             said = pipe.recv()
             assert said == "began", said
