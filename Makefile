@@ -3,6 +3,7 @@
 #   make demo     train, kill in the middle of a save, resume, compare bit for bit
 #   make test     lint, native build with warnings as errors, test suite
 #   make bench    benchmarks beside torch.save and DCP, raw disk beside them
+#                 (.venv/bin/python -m benchmarks.scale: plans and votes of 8 to 16,384 ranks)
 #   make lint     ruff, mypy, clang-format        make format   let ruff and clang-format rewrite
 #   make clean    remove all that was built, .venv too
 #

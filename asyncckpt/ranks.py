@@ -37,8 +37,8 @@ from .store import CALL_TIMEOUT_S, StoreClient
 _log = logging.getLogger(__name__)
 
 _POLL_S = (0.001, 0.05)  # the first pause, and the longest: a vote takes as long as the slowest disk
-_POLLS_PER_S = 20_000  # of all ranks together; one TCPStore answers about three times as many calls
-_LOOK_AROUND_S = 2.0  # how often those who are waited for are asked for signs of life
+_POLLS_PER_S = 20_000  # of all ranks together; one TCPStore answers two or three times as many
+_LOOK_AROUND_S = 2.0  # how often few ranks look for signs of life; many do so every quarter of the silence
 _BEATS_PER_SILENCE = 6
 _CLAIMED = 1 << 32  # more than ranks can count
 _EAGER_S = 0.05  # between two signs of life while ranks are still joining
@@ -301,7 +301,7 @@ class Ranks:
         client, key = self._client, f"{self._run}/{save}"
         deadline = _Deadline(self._timeout_s)
         others = [rank for rank in range(self.world_size) if rank != self.rank]
-        watch = _Watch(self, others)
+        watch = _Watch(self, others, self.world_size)
         while client.add(f"{key}/voted", 0) < len(others):
             if client.has(f"{key}/failed"):
                 break
@@ -422,7 +422,7 @@ class Ranks:
             self._client.set(f"{self._run}/generation", str(self._generation).encode())
             return
         deadline = _Deadline(self._timeout_s, polling=self.world_size)
-        watch = _Watch(self, [0])
+        watch = _Watch(self, [0], self.world_size)
         key = f"{self._run}/generation"
         while not self._client.has(key) or int(self._client.get(key)) <= self._generation:
             if watch.silent(list) is not None:
@@ -497,16 +497,17 @@ class Ranks:
     def _await(self, keys: Sequence[str], ranks: Collection[int], to: str) -> None:
         """Wait until the keys are there; `ranks` set one each, or one of them all."""
         assert self._client is not None
-        # Whoever waits for rank 0 does so with all the others.
-        deadline = _Deadline(self._timeout_s, polling=1 if self.is_first else self.world_size)
-        watched = _Watch(self, [rank for rank in ranks if rank != self.rank])
+        # Whoever waits for rank 0 does so with all the others, and it may be waiting for one of them.
+        timeout_s = self._timeout_s * (1 if self.is_first else 2)
+        deadline = _Deadline(timeout_s, polling=1 if self.is_first else self.world_size)
+        watched = _Watch(self, [rank for rank in ranks if rank != self.rank], self.world_size)
         while not self._client.has(*keys):
             silent = watched.silent(lambda late: self._lacking(keys, ranks, late))
             if silent is not None:
                 raise self._silence_of(silent)
             if not deadline.pause():
                 raise RankError(
-                    f"{_named(self._lacking(keys, ranks, ranks))} took longer than {self._timeout_s:g} s {to}"
+                    f"{_named(self._lacking(keys, ranks, ranks))} took longer than {timeout_s:g} s {to}"
                 )
 
     def _silence_of(self, rank: int) -> RankError:
@@ -560,9 +561,7 @@ class _Deadline:
 
     def __init__(self, timeout_s: float, polling: int = 1) -> None:
         self._ends_s = time.monotonic() + timeout_s
-        shortest_s, longest_s = _POLL_S
-        stretch = max(1.0, polling / (longest_s * _POLLS_PER_S))
-        self._pause_s, self._longest_s = stretch * shortest_s, stretch * longest_s
+        self._pause_s, self._longest_s = (_stretched(polling) * pause_s for pause_s in _POLL_S)
 
     def pause(self) -> bool:
         """False when the time is up."""
@@ -574,10 +573,16 @@ class _Deadline:
         return True
 
 
-class _Watch:
-    """Looks for signs of life of those who are waited for."""
+def _stretched(ranks: int) -> float:
+    """How much longer pauses are where so many ranks ask, or are asked about: 1 for up to a thousand."""
+    return max(1.0, ranks / (_POLL_S[1] * _POLLS_PER_S))
 
-    def __init__(self, ranks: Ranks, of: Sequence[int]) -> None:
+
+class _Watch:
+    """Looks for signs of life of those who are waited for; `world_size` ranks do so, or are looked for."""
+
+    def __init__(self, ranks: Ranks, of: Sequence[int], world_size: int) -> None:
+        self._every_s = min(_stretched(world_size) * _LOOK_AROUND_S, ranks._silence_s / 4)  # noqa: SLF001 -- a part of Ranks
         self._ranks = ranks
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._of = list(of)
@@ -588,8 +593,7 @@ class _Watch:
         now_s = time.monotonic()
         if not self._seen:
             self._seen = dict.fromkeys(self._of, (b"?", now_s))
-        every_s = min(_LOOK_AROUND_S, self._ranks._silence_s / 4)  # noqa: SLF001 -- a part of Ranks
-        if now_s - self._looked_s < every_s:
+        if now_s - self._looked_s < self._every_s:
             return None
         self._looked_s = now_s
         late = []

@@ -78,6 +78,6 @@ def _commit() -> tuple[str | None, bool | None]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     # What a benchmark of the same run has just written is no change of what is measured.
-    measured = (".", ":!benchmarks/results", ":!docs/benchmarks.md", ":!docs/gpu.md")
+    measured = (".", ":!benchmarks/results", ":!docs/benchmarks.md", ":!docs/gpu.md", ":!docs/scale.md")
     changes = git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     return git("rev-parse", "--short=12", "HEAD"), None if changes is None else not changes

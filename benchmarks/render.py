@@ -66,7 +66,7 @@ def _stall(document: dict[str, Any]) -> list[str]:
     ours = next(iter(summaries.values()))
     return [
         "## Stall: what training loses to a save\n",
-        _machine(document["machine"]),
+        machine_line(document["machine"]),
         _HOW_STALL.format(
             state=_bytes(config["nbytes"]),
             weights=weights,
@@ -154,7 +154,7 @@ def _ceiling(document: dict[str, Any]) -> list[str]:
 
     return [
         "## Ceiling: what the disk takes\n",
-        _machine(document["machine"]),
+        machine_line(document["machine"]),
         _HOW_CEILING.format(
             rounds=config["rounds"], state=_bytes(config["nbytes"]), raw_threads=config["raw_threads"]
         ),
@@ -172,7 +172,8 @@ def _ceiling(document: dict[str, Any]) -> list[str]:
     ]
 
 
-def _machine(facts: dict[str, Any]) -> str:
+def machine_line(facts: dict[str, Any]) -> str:
+    """What was measured on, in one line of italics."""
     commit = facts["commit"] or "unknown"
     if facts["commit_is_clean"] is False:
         commit += " with changes"

@@ -94,3 +94,33 @@ def test_a_full_run_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         pytest.skip("no tmpfs at /dev/shm")
     with pytest.raises(SystemExit, match="is on tmpfs, which is memory"):
         machine.refuse_memory(memory)
+
+
+def test_scale_runs_and_its_page_is_made_of_its_results(tmp_path: Path) -> None:
+    run("benchmarks.scale", "--tiny", "--out", str(tmp_path), "--rounds", "2")
+    document = json.loads((tmp_path / "scale.json").read_text())
+    page = (tmp_path / "scale.md").read_text()
+    assert document["tiny"]
+    assert "figures mean nothing" in page
+    assert str(ROOT) not in page
+    for row in document["plans"]:
+        assert min(row["served_s"]) > 0
+        assert min(row["first_s"]) > 0
+    for row in document["votes"]:
+        assert row["real_clients"] + row["simulated"] == row["world_size"] - 1
+        assert all(save["latency_s"] > 0 for save in (row["first"], *row["later"]))
+        of = row["traffic"]
+        assert of["first_save"]["one_rank"]["up_bytes"] > of["later_save"]["one_rank"]["up_bytes"]
+        assert of["later_save"]["other_ranks"]["calls"] == 5 * (row["world_size"] - 1)
+    assert {row["simulated"] for row in document["votes"]} == {0, 2}
+
+
+def test_the_committed_page_on_scale_is_made_of_the_committed_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.scale import page
+
+    document = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text())
+    assert not document["tiny"]
+    assert page.page(document) == (ROOT / "docs" / "scale.md").read_text()

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from asyncckpt import AsyncCheckpointer, _native, checkpointer
-from asyncckpt.errors import CheckpointError
+from asyncckpt.commit import CheckpointRoot
+from asyncckpt.errors import CheckpointError, WriteError
 from asyncckpt.filesystem import Filesystem
 from tests.process_world import Rank, Talk, World, process_world
 
@@ -101,7 +102,7 @@ def fail_twice_and_go_on(talk: Talk, rank: int, root: Path) -> list[str]:
             if rank == 1 and call == 1:
                 _native.faults.arm(_native.faults.Op.pwrite, 0, _native.faults.Kind.error, errno.EIO)
             if rank == 1 and call == 2:
-                patch.setattr(Filesystem, "mkdir", _refuse)
+                patch.setattr(CheckpointRoot, "begin", _refuse)
             said.append(kind_of(lambda call=call: ckpt.save(call)))
         ckpt.fence()
     said.append(kind_of(ckpt.close))
@@ -109,9 +110,8 @@ def fail_twice_and_go_on(talk: Talk, rank: int, root: Path) -> list[str]:
     return said
 
 
-def _refuse(self: Filesystem, path: Path) -> None:
-    with self._changing("mkdir", path):
-        raise OSError(errno.EACCES, "Permission denied")
+def _refuse(self: CheckpointRoot, *args: Any, **options: Any) -> None:
+    raise WriteError("mkdir", str(self.path), errno.EACCES)
 
 
 def test_failures_surface_at_one_call_also_after_one_has(world: World, tmp_path: Path) -> None:
