@@ -39,6 +39,7 @@ from .errors import (
     StepExistsError,
     WriteError,
 )
+from .failures import Failures
 from .fence import StepFence
 from .filesystem import Filesystem
 from .formats.manifest import checked_metadata
@@ -173,8 +174,7 @@ class AsyncCheckpointer:
         self._pid = os.getpid()
         self._closed = False
         self._calls = 0  # of save()
-        self._failed: list[Save] = []  # not heard of yet
-        self._failed_lock = threading.Lock()
+        self._failures = Failures(quiet=on_error == "warn")
         self._lock = threading.RLock()  # optimizers may step on autograd's threads
 
         self._lease: RootLease | None = None
@@ -229,7 +229,7 @@ class AsyncCheckpointer:
                 self._root,
                 self._lease,
                 (keep_last, keep_every),
-                self._note_failure,
+                self._failures.note,
                 fence_timeout_s,
                 self._ranks,
             )
@@ -267,7 +267,9 @@ class AsyncCheckpointer:
             OptionError: metadata is not JSON, or step is no int.
             StepError: negative or not greater; StepExistsError: already there.
             LeafError: a leaf cannot be saved; it is named.
-            SaveError: an *earlier* save failed, and nobody was told yet. This one was not begun.
+            SaveError: an *earlier* save failed, and nobody was told yet. This one was not begun. Of several
+                ranks, all raise at the same call: what fails, even at once, surfaces `max_in_flight` calls
+                later or at wait(); errors of the program alone (LeafError, StepError, ...) come at once too.
             LoadError: the last load failed, so the live state is not to be trusted.
             CaptureError: a CUDA graph is being captured, or one with an optimizer's step in it would be
                 replayed without a fence; see `fenced`.
@@ -285,20 +287,18 @@ class AsyncCheckpointer:
                 raise LoadError(f"save() is refused until a load succeeds: {self._loader.must_load}")
             save = Save(step, self._on_phase, self._calls)
             self._decide_released()
-            if self._ranks.alone:
-                self._raise_failures()
-                self._check_step(save.step)
+            heard = self._heard_everywhere(save)
             try:
-                if not self._make_room(save):
-                    return SaveHandle(save, self._settle)
-                self._await_calls(self._heard_everywhere(save))
+                self._await_calls(heard)
             except SaveTimeoutError as error:
                 self._abstain(save, error, self._committer)
                 raise
-            self._raise_failures(self._heard_everywhere(save))
+            self._failures.raise_due(heard)
             try:
-                if not self._ranks.alone:
-                    self._check_step(save.step)
+                self._check_step(save.step)
+                if not self._make_room(save):
+                    return SaveHandle(save, self._settle)
+                self._failures.raise_due(heard)
                 save.metadata = checked_metadata(metadata or {})
                 self._begin(save, self._committer)
             except BaseException as error:
@@ -309,7 +309,7 @@ class AsyncCheckpointer:
                     raise
                 if self._ranks.alone:
                     save.fail(error)
-                    self._note_failure(save)
+                    self._failures.note(save)
                     save.finish()
             finally:
                 save.report.blocked_s += save.elapsed_s()
@@ -511,7 +511,7 @@ class AsyncCheckpointer:
         if all(save.thread == threading.get_ident() for save in self._in_flight()):
             self.fence()
         self._drain(progress)
-        self._raise_failures()
+        self._failures.raise_due()
 
     def _drain(self, progress: Callable[[int], None] | None = None) -> None:
         for save in self._in_flight():
@@ -545,30 +545,6 @@ class AsyncCheckpointer:
 
     def _in_flight(self) -> list[Save]:
         return self._committer.in_flight if self._committer is not None else []
-
-    def _note_failure(self, save: Save) -> None:
-        if self._on_error == "warn":
-            save.heard = True
-            _log.warning("step %d was not saved, the next save tries again: %s", save.step, save.error)
-        else:
-            with self._failed_lock:
-                self._failed.append(save)
-
-    def _raise_failures(self, last_call: int | None = None) -> None:
-        """Raise what failed, up to a call of save()."""
-        with self._failed_lock:
-            due = [save for save in self._failed if last_call is None or save.call <= last_call]
-            self._failed = [save for save in self._failed if save not in due]
-            failed = [save for save in due if not save.heard]
-        if not failed:
-            return
-        for save in failed:
-            save.heard = True
-        first = failed[0].error
-        assert first is not None
-        for save in failed[1:]:
-            _log.error("step %d was not saved either: %s", save.step, save.error)
-        raise first
 
     # -- loading
 
@@ -640,7 +616,7 @@ class AsyncCheckpointer:
                 self._close(self._committer)
             else:
                 self._ranks.close()
-        self._raise_failures()
+        self._failures.raise_due()
 
     def _close(self, committer: Committer) -> None:
         try:
