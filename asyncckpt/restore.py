@@ -178,7 +178,7 @@ def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
         if dtypes != {described.properties.dtype}:
             raise CorruptStepError(files.path(METADATA_PATH), f"{name}: dtype differs from its items")
         tensor = StoredTensor(described.properties.dtype, tuple(described.size), tuple(stored))
-        if not _tile(tensor):
+        if not distcp.tile(tensor.shape, [(part.offsets, part.shape) for part in tensor.parts]):
             raise CorruptStepError(files.path(METADATA_PATH), f"{name}: its chunks do not tile it")
         return tensor
 
@@ -190,31 +190,6 @@ def _inside(offsets: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, 
     return len(offsets) == len(shape) == len(whole) and all(
         0 <= offset <= size - length for offset, length, size in zip(offsets, shape, whole, strict=True)
     )
-
-
-def _tile(tensor: StoredTensor) -> bool:
-    """Whether the parts cover the tensor, each element once; they lie inside it."""
-    if sum(_elements(part.shape) for part in tensor.parts) != _elements(tensor.shape):
-        return False
-    # As many elements as the whole: it is covered unless two parts overlap.
-    parts = sorted((part for part in tensor.parts if _elements(part.shape)), key=lambda part: part.offsets)
-    for index, one in enumerate(parts):
-        for other in parts[index + 1 :]:
-            if one.offsets and other.offsets[0] >= one.offsets[0] + one.shape[0]:
-                break  # sorted: neither do those that follow reach back
-            if all(
-                a < b + n and b < a + m
-                for a, m, b, n in zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
-            ):
-                return False
-    return True
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _as_path(path: Any, name: str) -> tuple[str | int, ...]:

@@ -151,7 +151,39 @@ def _box(
         raise LeafError(
             f"{name} cannot be saved: {local} of it is here where {placements} says {tuple(shape)}"
         )
+    if not all(_is_run(tensor.shape[dim], dim, mesh, placements) for dim in _strided_dims(placements)):
+        raise LeafError(
+            f"{name} cannot be saved: what is here of it is no box of the whole ({placements}); "
+            "redistribute it"
+        )
     return tuple(offsets), local
+
+
+def _strided_dims(placements: Sequence[Any]) -> set[int]:
+    """Dimensions along which a rank may have elements that are apart."""
+    return {placement.dim for placement in placements if hasattr(placement, "split_factor")}
+
+
+def _is_run(size: int, dim: int, mesh: Any, placements: Sequence[Any]) -> bool:
+    """Whether the elements that are here along `dim`, which has `size` of them, follow each other.
+
+    Of one dimension alone, torch does not say: FSDP2 makes runs together with tensor parallelism,
+    `DTensor.flatten` of a column-wise tensor makes none, and both call it strided.
+    """
+    here = torch.arange(size)
+    for mesh_dim, placement in enumerate(placements):
+        if getattr(placement, "dim", None) == dim:
+            along = _along_first(placement)
+            ranks, coordinate = mesh.size(mesh_dim), mesh.get_coordinate()[mesh_dim]
+            here = along._split_tensor(here, ranks, with_padding=False, contiguous=False)[0][coordinate]  # noqa: SLF001
+    return bool((here.diff() == 1).all())
+
+
+def _along_first(placement: Any) -> Any:
+    """The same of a tensor's first dimension."""
+    if hasattr(placement, "split_factor"):
+        return type(placement)(0, split_factor=placement.split_factor)
+    return type(placement)(0)
 
 
 # ---------------------------------------------------------------------------- who writes what

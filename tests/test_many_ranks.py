@@ -244,6 +244,31 @@ def test_what_cannot_be_saved_is_named(world: World, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name[0] != "."]
 
 
+def save_no_box(talk: Talk, rank: int, root: Path) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    columns: Any = distribute_tensor(torch.arange(32.0).reshape(4, 8), mesh, [Shard(1)])
+    flat = columns.flatten()
+    if flat.placements[0] == Replicate():
+        return "extra.flat is no box"  # older torch gathers it: there is nothing to refuse
+    with checkpointer_of(root, extra={"flat": flat}, on_error="warn") as checkpointer:
+        return refusal(checkpointer)
+
+
+def refusal(checkpointer: AsyncCheckpointer) -> str:
+    """What save() says of a leaf that it refuses."""
+    with pytest.raises(LeafError) as caught:
+        checkpointer.save(1)
+    return str(caught.value)
+
+
+def test_what_is_no_box_of_the_whole_is_refused(world: World, tmp_path: Path) -> None:
+    """Of a column-wise tensor that was flattened, a rank has some of each row."""
+    for said in world.run(2, save_no_box, tmp_path):
+        assert said.startswith("extra.flat")
+        assert "is no box" in said
+    assert not [path for path in tmp_path.iterdir() if path.name[0] != "."]
+
+
 # ---------------------------------------------------------------------------- bounds and shares
 
 
