@@ -48,6 +48,12 @@ class Holders:
     def __len__(self) -> int:
         return len(self.ranks)
 
+    def __contains__(self, rank: int) -> bool:
+        if isinstance(self.ranks, range):
+            return rank in self.ranks
+        place = bisect_left(self.ranks, rank)
+        return place < len(self.ranks) and self.ranks[place] == rank
+
     def place_of(self, rank: int) -> int:
         """How many of them come before `rank`, which is one of them."""
         return self.ranks.index(rank) if isinstance(self.ranks, range) else bisect_left(self.ranks, rank)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -354,3 +354,52 @@ def save_alone(talk: Talk, rank: int, root: Path) -> int:
 def test_a_rank_may_save_by_itself(world: World, tmp_path: Path) -> None:
     assert len(set(world.run(2, save_alone, tmp_path))) == 1
     assert {path.name for path in (tmp_path / "1" / "step-1").iterdir()} >= {"__0_0.distcp", ".metadata"}
+
+
+def save_part_alone(talk: Talk, rank: int, root: Path) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    extra = {"part": distribute_tensor(torch.arange(8.0), mesh, [Shard(0)])}
+    with checkpointer_of(root / str(rank), extra=extra, world_size=1, on_error="warn") as checkpointer:
+        return refusal(checkpointer)
+
+
+def test_part_of_a_tensor_is_not_saved_as_the_whole(world: World, tmp_path: Path) -> None:
+    for said in world.run(2, save_part_alone, tmp_path):
+        assert said.startswith("extra.part cannot be saved by one rank alone: [4] of its [8] is here")
+
+
+def save_whole_alone(talk: Talk, rank: int, root: Path) -> list[float]:
+    """All of these are here, although several ranks have one of them."""
+    whole = torch.arange(65_536.0)
+    single = DeviceMesh("cpu", [rank], _init_backend=False)
+    extra = {
+        "replicated": distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Replicate()]),
+        "single": DTensor.from_local(whole.clone(), single, [Shard(0)], run_check=False),
+    }
+    with checkpointer_of(root / str(rank), extra=extra, world_size=1) as checkpointer:
+        checkpointer.save(1).wait()
+        for tensor in extra.values():
+            tensor.to_local().zero_()
+        checkpointer.load(1)
+    return [float((tensor.to_local() - whole).abs().max()) for tensor in extra.values()]
+
+
+def test_a_rank_alone_saves_what_it_has_as_a_whole(world: World, tmp_path: Path) -> None:
+    assert world.run(2, save_whole_alone, tmp_path) == [[0.0, 0.0]] * 2
+
+
+def save_as_others(talk: Talk, rank: int, root: Path) -> str:
+    """Ranks 1 and 2 call themselves 0 and 1."""
+    if rank == 0:
+        return ""
+    mesh = DeviceMesh("cpu", [1, 2], _init_backend=False)
+    extra = {"w": DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False)}
+    store = torch.distributed.distributed_c10d._get_default_store()
+    options: dict[str, Any] = {"store": store, "rank": rank - 1, "world_size": 2}
+    with checkpointer_of(root, extra=extra, on_error="warn", **options) as checkpointer:
+        return refusal(checkpointer)
+
+
+def test_ranks_that_are_numbered_otherwise_are_told(world: World, tmp_path: Path) -> None:
+    for said in world.run(3, save_as_others, tmp_path)[1:]:
+        assert "both must number ranks alike" in said

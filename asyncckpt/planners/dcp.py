@@ -30,7 +30,7 @@ from ..plan import (
     slot_nbytes,
     span_nbytes,
 )
-from ..shards import Block, Blocks, Piece, boxes, is_sharded, local_of, shares
+from ..shards import Block, Blocks, Holders, Piece, boxes, is_sharded, local_of, shares
 from ..tree import OWN_SECTIONS, Leaf, flatten, tensors_in
 
 
@@ -113,6 +113,23 @@ class DcpPlanner(PlanCache):
 
     # -- once per structure
 
+    def _block(self, name: str, tensor: torch.Tensor) -> Block:
+        """What of a tensor is to be saved here, and by whom."""
+        block = self._blocks.of(name, tensor)
+        if self._alone:
+            if block.shape != block.whole:
+                raise LeafError(
+                    f"{name} cannot be saved by one rank alone: {list(block.shape)} of its {list(block.whole)} "
+                    f"is here; let all ranks of its mesh save together, or gather it"
+                )
+            return replace(block, holders=Holders.of((self._rank,)))
+        if self._rank not in block.holders:
+            raise LeafError(
+                f"{name} cannot be saved: torch.distributed says that what is here of it is on rank(s) "
+                f"{block.holders.key}, and this is rank {self._rank} of those that save; both must number ranks alike"
+            )
+        return block
+
     def _lay_out(
         self,
         signature: object,
@@ -127,7 +144,7 @@ class DcpPlanner(PlanCache):
         called: dict[int, str] = {}  # items, by the first of their names
         for leaf, item, _ in tensors:
             called.setdefault(item, leaf.name)
-        blocks = [self._blocks.of(called[item], tensor) for item, tensor in enumerate(unique)]
+        blocks = [self._block(called[item], tensor) for item, tensor in enumerate(unique)]
         sources = _sources(unique, blocks, self._rank)
 
         builder = ImageBuilder(data_path(self._rank))
