@@ -403,3 +403,24 @@ def save_as_others(talk: Talk, rank: int, root: Path) -> str:
 def test_ranks_that_are_numbered_otherwise_are_told(world: World, tmp_path: Path) -> None:
     for said in world.run(3, save_as_others, tmp_path)[1:]:
         assert "both must number ranks alike" in said
+
+
+def save_tied(talk: Talk, rank: int, root: Path) -> list[bool]:
+    """Weights with fewer rows than there are ranks, under two names; on some ranks none of them is."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model = nn.Module()
+    model.embedding = nn.Embedding(5, 8)
+    model.head = nn.Linear(8, 5, bias=False)
+    model.head.weight = model.embedding.weight
+    fully_shard(model, mesh=mesh)
+    weight: Any = model.head.weight
+    whole = weight.full_tensor().clone()
+    with checkpointer_of(root, model=model, extra={"plain": torch.ones(3)}) as checkpointer:
+        checkpointer.save(1).wait()
+        weight.detach().zero_()
+        checkpointer.load(1)
+    return [model.head.weight is model.embedding.weight, torch.equal(weight.full_tensor(), whole)]
+
+
+def test_tied_weights_with_fewer_rows_than_ranks(world: World, tmp_path: Path) -> None:
+    assert world.run(RANKS, save_tied, tmp_path) == [[True, True]] * RANKS

@@ -119,14 +119,15 @@ class DcpPlanner(PlanCache):
         if self._alone:
             if block.shape != block.whole:
                 raise LeafError(
-                    f"{name} cannot be saved by one rank alone: {list(block.shape)} of its {list(block.whole)} "
-                    f"is here; let all ranks of its mesh save together, or gather it"
+                    f"{name} cannot be saved by one rank alone: {list(block.shape)} of its "
+                    f"{list(block.whole)} is here; let all ranks of its mesh save together, or gather it"
                 )
             return replace(block, holders=Holders.of((self._rank,)))
         if self._rank not in block.holders:
             raise LeafError(
-                f"{name} cannot be saved: torch.distributed says that what is here of it is on rank(s) "
-                f"{block.holders.key}, and this is rank {self._rank} of those that save; both must number ranks alike"
+                f"{name} cannot be saved: to torch.distributed, what is here of it is on rank(s) "
+                f"{block.holders.key}, and this is rank {self._rank} of those that save; "
+                f"both must number ranks alike"
             )
         return block
 
@@ -259,10 +260,15 @@ def _groups(
 ) -> tuple[tuple[str, str], ...]:
     """For each set of ranks that this one shares tensors with, a digest of them."""
     seen: dict[str, Any] = {}
+    numbers: dict[str, dict[int, int]] = {}
     for leaf, item, form in tensors:
         block = blocks[item]
         if len(block.holders) > 1:
-            said = (leaf.path, block.whole, block.offsets, block.shape, str(form[0]), item)
+            # Which are tied is told by numbers within the set: outside of it, ranks may see other ties.
+            # Where a shard has no elements, nothing says that two of them were one tensor.
+            items = numbers.setdefault(block.holders.key, {})
+            number = items.setdefault(item, len(items))
+            said = (leaf.path, block.whole, block.offsets, block.shape, str(form[0]), number)
             seen.setdefault(block.holders.key, hashlib.sha256()).update(repr(said).encode())
     python = hashlib.sha256(repr([leaf.path for leaf in others]).encode())
     return (
