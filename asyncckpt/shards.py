@@ -1,7 +1,7 @@
 """What torch knows of tensors that are spread over ranks: which block of the whole is here, who else has it.
 
 A DTensor is a handle: its memory, and what may be changed behind it, is its local tensor. A plain tensor is
-taken to be the same on every rank, as torch.distributed.checkpoint takes it.
+on every rank, as torch.distributed.checkpoint has it.
 
 Pure: no communication.
 """

@@ -274,11 +274,14 @@ def test_what_is_no_box_of_the_whole_is_refused(world: World, tmp_path: Path) ->
 
 def save_replicated(talk: Talk, rank: int, root: Path, nbytes: int, host_memory: int) -> int:
     """Peak of this process's memory above what it had before there was a checkpointer, in bytes."""
-    state = {f"w{i}": torch.full((nbytes // 16 // 4096, 1024), float(i)) for i in range(16)}
-    state |= {f"b{i}": torch.full((17,), float(i)) for i in range(64)}
+    model = nn.Module()
+    for i in range(16):
+        model.register_parameter(f"w{i}", nn.Parameter(torch.full((nbytes // 16 // 4096, 1024), float(i))))
+    for i in range(64):
+        model.register_parameter(f"b{i}", nn.Parameter(torch.full((17,), float(i))))
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc(5)
-    with checkpointer_of(root, extra=state, host_memory=host_memory) as checkpointer:
+    with checkpointer_of(root, model=model, host_memory=host_memory) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step)
             checkpointer.wait()
@@ -320,6 +323,35 @@ def test_what_differs_is_pointed_out_once(world: World, tmp_path: Path) -> None:
     assert said[0].startswith("extra.seen is not the same on rank 1 as on rank 0, whose is saved")
     assert said[0].count("\n") == 0
     assert said[1:] == ["", ""]
+
+
+class Counted(nn.Module):
+    """One parameter, which is the same on all ranks, and buffers that are not; all too large to be small."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((96 << 10,), 5.0))
+        self.register_buffer("mean", torch.full((64 << 10,), float(rank)))
+        self.register_buffer("variance", torch.full((32 << 10,), float(rank)))
+        self.register_buffer("batches", torch.tensor(rank))
+
+
+def save_plain(talk: Talk, rank: int, root: Path) -> dict[str, list[float]]:
+    model = Counted(rank)
+    stats = torch.full((64 << 10,), float(rank))
+    with checkpointer_of(root, model=model, extra={"stats": stats}) as checkpointer:
+        checkpointer.save(1).wait()
+        checkpointer.load(1)
+    found = {**model.state_dict(), "stats": stats}
+    return {name: sorted(set(value.flatten().tolist())) for name, value in found.items()}
+
+
+def test_plain_tensors_are_those_of_the_first_rank(world: World, tmp_path: Path) -> None:
+    """As stock DCP has it: BatchNorm's running statistics differ between the ranks of DDP."""
+    found = world.run(3, save_plain, tmp_path)
+    assert found == [{"weight": [5], "mean": [0], "variance": [0], "batches": [0], "stats": [0]}] * 3
+    sizes = [(tmp_path / "step-1" / f"__{rank}_0.distcp").stat().st_size for rank in range(3)]
+    assert min(sizes[1:]) > 96 << 10  # a third of the weight
 
 
 def open_wrongly(talk: Talk, rank: int, root: Path) -> list[str]:

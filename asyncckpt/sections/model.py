@@ -42,6 +42,12 @@ class ModelSection:
     def capture(self) -> Any:
         return {own_name(key): value for key, value in self.model.state_dict().items()}
 
+    def parameters(self) -> frozenset[str]:
+        """Keys of the branch that are parameters, tied ones too; none, if the model is no module."""
+        if not isinstance(self.model, torch.nn.Module):
+            return frozenset()
+        return frozenset(own_name(name) for name, _ in self.model.named_parameters(remove_duplicate=False))
+
     def buffers(self) -> set[int]:
         """Addresses of the tensors that forward may change."""
         if not isinstance(self.model, torch.nn.Module):
