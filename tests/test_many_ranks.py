@@ -17,11 +17,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from asyncckpt import AsyncCheckpointer
+from asyncckpt import AsyncCheckpointer, _native
 from asyncckpt.errors import CheckpointError, LeafError, OptionError
 from tests.process_world import Talk, World, process_world
 
 RANKS = 4
+faults = _native.faults
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +268,39 @@ def test_what_is_no_box_of_the_whole_is_refused(world: World, tmp_path: Path) ->
         assert said.startswith("extra.flat")
         assert "is no box" in said
     assert not [path for path in tmp_path.iterdir() if path.name[0] != "."]
+
+
+def save_and_change(talk: Talk, rank: int, root: Path) -> tuple[str, str]:
+    """What a save says whose sharded tensors changed behind their counters, and one that was fenced."""
+    mesh = init_device_mesh("cpu", (2,))
+    zeros = [torch.zeros(1 << 20) for _ in range(2)]
+    averages = [DTensor.from_local(local, mesh, [Shard(0)], run_check=False) for local in zeros]
+    extra = {"averages": averages}
+    said = []
+    with checkpointer_of(root, extra=extra, host_memory=1 << 20, on_error="warn") as checkpointer:
+        for step, fenced in ((1, False), (2, True)):
+            if not fenced:
+                faults.arm(faults.Op.copy, 1, faults.Kind.pause)
+            handle = checkpointer.save(step)
+            if fenced:
+                checkpointer.fence()
+            else:
+                assert faults.wait_for_hits(faults.Op.copy, 1, 60)
+            torch._foreach_add_(averages, 1.0)
+            faults.disarm()
+            try:
+                handle.wait()
+                said.append("")
+            except CheckpointError as error:
+                said.append(f"{type(error).__name__}: {error}")
+    return said[0], said[1]
+
+
+def test_sharded_tensors_that_change_unseen_are_not_committed_torn(world: World, tmp_path: Path) -> None:
+    for torn, fenced in world.run(2, save_and_change, tmp_path):
+        assert "extra.averages." in torn
+        assert fenced == ""
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["step-2"]
 
 
 # ---------------------------------------------------------------------------- bounds and shares
