@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from asyncckpt import AsyncCheckpointer, _native
+from asyncckpt import AsyncCheckpointer, _native, restore
 from asyncckpt.errors import CheckpointError, LeafError, OptionError
 from tests.process_world import Talk, World, process_world
 
@@ -490,3 +491,23 @@ def save_tied(talk: Talk, rank: int, root: Path) -> list[bool]:
 
 def test_tied_weights_with_fewer_rows_than_ranks(world: World, tmp_path: Path) -> None:
     assert world.run(RANKS, save_tied, tmp_path) == [[True, True]] * RANKS
+
+
+def load_with_few_descriptors(talk: Talk, rank: int, root: Path) -> tuple[int, bool]:
+    """One process reads the files of many ranks; it may open fewer at once than there are."""
+    restore._OPEN_MAX = 2
+    weight = torch.zeros(2050, 1024)
+    model = nn.Module()
+    model.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    with checkpointer_of(root, model=model) as checkpointer:
+        used = len(list(Path("/proc/self/fd").iterdir()))
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 9, most))
+        resume = checkpointer.load_latest()
+    assert resume is not None
+    return resume.step, bool((weight == 1).all())
+
+
+def test_a_step_of_more_files_than_may_be_open(world: World, tmp_path: Path) -> None:
+    world.run(6, save_steps, tmp_path, [1])
+    assert world.run(1, load_with_few_descriptors, tmp_path) == [(1, True)]
