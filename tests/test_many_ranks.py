@@ -304,6 +304,64 @@ def test_sharded_tensors_that_change_unseen_are_not_committed_torn(world: World,
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["step-2"]
 
 
+class Average:
+    """Moving averages of a sharded model, and how many were taken."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.count = torch.zeros(())
+        self.shadow = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "shadow": {"deep": self.shadow}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        for name, value in self.shadow.items():
+            value.copy_(state["shadow"]["deep"][name])  # takes nothing that is no DTensor
+
+
+def load_averages(talk: Talk, rank: int, root: Path, rows: int) -> tuple[list[str], list[float]]:
+    """Averages kept in an object, in a module and in a dict; rows they have, and values after a load."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+
+    def made() -> nn.Module:
+        model = nn.Linear(8, rows)
+        fully_shard(model, mesh=mesh)
+        return model
+
+    average, shadow, plain = Average(made()), made(), dict(made().state_dict())
+    extra = {"average": average, "module": shadow, "plain": plain}
+    kept = [*average.shadow.values(), *shadow.state_dict().values(), *plain.values()]
+    for tensor in kept:
+        tensor.fill_(3)
+    average.count.fill_(3)
+    with checkpointer_of(root, extra=extra) as checkpointer:
+        if rows == 7:
+            checkpointer.save(1).wait()
+        for tensor in kept:
+            tensor.fill_(0)
+        average.count.fill_(0)
+        try:
+            checkpointer.load(1)
+            said = []
+        except CheckpointError as error:
+            said = [line.partition(":")[0].strip() for line in str(error).splitlines()[1:]]
+    return said, sorted(local_values([*kept, average.count]))
+
+
+def local_values(tensors: list[Any]) -> set[float]:
+    locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return {value for local in locals_ for value in local.flatten().tolist()}
+
+
+def test_sharded_averages_in_extra_are_filled_where_they_are(world: World, tmp_path: Path) -> None:
+    assert world.run(3, load_averages, tmp_path, 7) == [([], [3.0])] * 3
+    for said, values in world.run(2, load_averages, tmp_path, 6):
+        assert "extra.average.shadow.deep.weight" in said
+        assert "extra.module.weight" in said
+        assert values == [0.0]
+
+
 # ---------------------------------------------------------------------------- bounds and shares
 
 
