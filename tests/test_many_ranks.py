@@ -362,6 +362,28 @@ def test_sharded_averages_in_extra_are_filled_where_they_are(world: World, tmp_p
         assert values == [0.0]
 
 
+def save_pipeline(talk: Talk, rank: int, root: Path) -> str:
+    """Each rank has a parameter of its own; an optimizer's groups are saved once."""
+    model = nn.Module()
+    mesh = DeviceMesh("cpu", [rank], _init_backend=False)
+    weight = DTensor.from_local(torch.ones(4), mesh, [Shard(0)], run_check=False)
+    model.register_parameter(f"weight{rank}", nn.Parameter(weight))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with checkpointer_of(root, model=model, optimizer=optimizer, on_error="warn") as checkpointer:
+        try:
+            checkpointer.save(1).wait()
+        except CheckpointError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_what_no_rank_could_load_is_not_saved(world: World, tmp_path: Path) -> None:
+    for said in world.run(2, save_pipeline, tmp_path):
+        assert said.startswith("RankError: ")
+        assert "another structure" in said
+    assert not [path for path in tmp_path.iterdir() if path.name[0] != "."]
+
+
 # ---------------------------------------------------------------------------- bounds and shares
 
 

@@ -103,6 +103,7 @@ class DcpPlanner(PlanCache):
         signature = (
             tuple((leaf.path, item, form) for leaf, item, form in tensors),
             tuple((leaf.path, tuple(s.nbytes() for s in pickled.storages)) for leaf, pickled in shared),
+            tuple(crc for leaf, crc in zip(others, crcs, strict=False) if _names_parameters(leaf)),
             tuple(tuple(s.nbytes() for s in pickled.storages) for _, pickled in written),
         )
         served = self._serve(signature, [pickled for _, pickled in written])
@@ -287,11 +288,18 @@ def _groups(
             number = items.setdefault(item, len(items))
             said = (leaf.path, block.whole, block.offsets, block.shape, str(form[0]), number)
             seen.setdefault(block.holders.key, hashlib.sha256()).update(repr(said).encode())
-    python = hashlib.sha256(repr([leaf.path for leaf in others]).encode())
+    # What an optimizer steps is saved once too, and a rank that steps something else could not load it.
+    stepped = [leaf.value for leaf in others if _names_parameters(leaf)]
+    python = hashlib.sha256(repr([[leaf.path for leaf in others], stepped]).encode())
     return (
         ("python", python.hexdigest()[:16]),
         *((key, found.hexdigest()[:16]) for key, found in seen.items()),
     )
+
+
+def _names_parameters(leaf: Leaf) -> bool:
+    """Whether it is the list of what a group of an optimizer steps."""
+    return leaf.path[0] == "optimizer" and leaf.path[-1] == "params"
 
 
 def _check_storable(leaf: Leaf) -> None:
