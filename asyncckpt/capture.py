@@ -18,7 +18,7 @@ from . import devices
 from .plan import Planned, span_nbytes
 from .report import SaveReport
 from .shards import is_partial, local_of
-from .tree import flatten, rebuilt, tensors_in
+from .tree import StateTree, flatten, rebuilt, tensors_in
 
 _log = logging.getLogger(__name__)
 
@@ -75,13 +75,13 @@ class Captured:
         forward_changes: some buffer was too large to copy; the next forward must wait.
     """
 
-    tree: dict[str, Any]
+    tree: StateTree
     live: list[tuple[str, torch.Tensor]]
     seen: frozenset[int]
     forward_changes: bool
 
 
-def capture(tree: Mapping[str, Any], buffers: set[int], reserve: Reserve) -> Captured:
+def capture(tree: StateTree, buffers: set[int], reserve: Reserve) -> Captured:
     """Copy what is volatile, as far as the reserve goes; what is left over stays live.
 
     Args:
@@ -107,7 +107,8 @@ def capture(tree: Mapping[str, Any], buffers: set[int], reserve: Reserve) -> Cap
             copies[key] = made
         return copies[key]
 
-    result = dict(tree)
+    result = StateTree(tree)
+    result.parameters = tree.parameters
     for name, branch in tree.items():
         if name == "model":
             if buffers:

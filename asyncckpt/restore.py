@@ -12,6 +12,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import zlib
@@ -38,6 +39,7 @@ from .tree import StoredPart, StoredTensor, rebuilt, unflatten
 _THREADS = 4
 _BLOCK_NBYTES = 4 << 20  # of reads from files without a manifest
 _BLOCK_NBYTES_MAX = 1 << 30  # a manifest that asks for larger buffers is not believed
+_OPEN_MAX = 64  # files of a step open at once for parsing; thousands of ranks have more than a process may
 
 
 class StepFiles:
@@ -51,7 +53,7 @@ class StepFiles:
     def __init__(self, directory: Path, entries: Mapping[str, FileEntry] | None) -> None:
         self.directory = directory
         self.entries = entries
-        self._fds: dict[str, int] = {}
+        self._fds: dict[str, int] = {}  # of the files used last, in that order
 
     def __enter__(self) -> StepFiles:
         return self
@@ -80,9 +82,10 @@ class StepFiles:
 
     def reader(self, name: str) -> torch_zip.Read:
         """Reads of one file."""
-        fd = self._open(name)
+        self._open(name)
 
         def read(offset: int, nbytes: int) -> bytes:
+            fd = self._open(name)  # it may have been closed meanwhile, for others
             pieces = [os.pread(fd, nbytes, offset)]
             while pieces[-1] and sum(map(len, pieces)) < nbytes:  # the kernel stops short of 2 GiB
                 done = sum(map(len, pieces))
@@ -103,17 +106,40 @@ class StepFiles:
         return data
 
     def _open(self, name: str) -> int:
-        if name not in self._fds:
-            path = self.path(name)
-            try:
-                self._fds[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            except OSError as error:
-                if isinstance(error, FileNotFoundError) and not self.directory.exists():
-                    raise StepNotFoundError(f"{self.directory} was deleted while it was read") from None
-                raise CorruptStepError(path, f"cannot be opened: {error.strerror}") from error
-            if not stat.S_ISREG(os.fstat(self._fds[name]).st_mode):
-                raise CorruptStepError(path, "not a regular file")
-        return self._fds[name]
+        fd = self._fds.pop(name, None)
+        if fd is None:
+            fd = self._opened(name)
+            while len(self._fds) >= _OPEN_MAX:
+                os.close(self._fds.pop(next(iter(self._fds))))
+        self._fds[name] = fd
+        return fd
+
+    def _opened(self, name: str) -> int:
+        path = self.path(name)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and not self.directory.exists():
+                raise StepNotFoundError(f"{self.directory} was deleted while it was read") from None
+            _raise_if_ours(path, "open", error.errno)
+            raise CorruptStepError(path, f"cannot be opened: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise CorruptStepError(path, "not a regular file")
+        return fd
+
+
+# What the operating system says of this process, not of the file.
+_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES})
+
+
+def _raise_if_ours(path: str, operation: str, number: int | None) -> None:
+    """Raise LoadError where nothing is known of the file: an older step would be refused as well."""
+    if number in _OURS:
+        raise LoadError(
+            f"{operation} failed: {path}: {errno.errorcode[number]} ({os.strerror(number)}); "
+            f"the step may be good, raise what this process may use"
+        )
 
 
 # ---------------------------------------------------------------------------- what is stored
@@ -178,7 +204,7 @@ def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
         if dtypes != {described.properties.dtype}:
             raise CorruptStepError(files.path(METADATA_PATH), f"{name}: dtype differs from its items")
         tensor = StoredTensor(described.properties.dtype, tuple(described.size), tuple(stored))
-        if not _tile(tensor):
+        if not distcp.tile(tensor.shape, [(part.offsets, part.shape) for part in tensor.parts]):
             raise CorruptStepError(files.path(METADATA_PATH), f"{name}: its chunks do not tile it")
         return tensor
 
@@ -190,31 +216,6 @@ def _inside(offsets: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, 
     return len(offsets) == len(shape) == len(whole) and all(
         0 <= offset <= size - length for offset, length, size in zip(offsets, shape, whole, strict=True)
     )
-
-
-def _tile(tensor: StoredTensor) -> bool:
-    """Whether the parts cover the tensor, each element once; they lie inside it."""
-    if sum(_elements(part.shape) for part in tensor.parts) != _elements(tensor.shape):
-        return False
-    # As many elements as the whole: it is covered unless two parts overlap.
-    parts = sorted((part for part in tensor.parts if _elements(part.shape)), key=lambda part: part.offsets)
-    for index, one in enumerate(parts):
-        for other in parts[index + 1 :]:
-            if one.offsets and other.offsets[0] >= one.offsets[0] + one.shape[0]:
-                break  # sorted: neither do those that follow reach back
-            if all(
-                a < b + n and b < a + m
-                for a, m, b, n in zip(one.offsets, one.shape, other.offsets, other.shape, strict=True)
-            ):
-                return False
-    return True
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _as_path(path: Any, name: str) -> tuple[str | int, ...]:
@@ -469,6 +470,7 @@ def _raise(
         raise CorruptStepError(path, f"{expected} bytes expected, got {got}")
     if not files.directory.exists():
         raise StepNotFoundError(f"{files.directory} was deleted while it was read")
+    _raise_if_ours(path, operation, number)
     raise CorruptStepError(path, f"{operation} failed: {os.strerror(number)}", block)
 
 

@@ -1,7 +1,7 @@
 """What torch knows of tensors that are spread over ranks: which block of the whole is here, who else has it.
 
 A DTensor is a handle: its memory, and what may be changed behind it, is its local tensor. A plain tensor is
-taken to be the same on every rank, as torch.distributed.checkpoint takes it.
+on every rank, as torch.distributed.checkpoint has it.
 
 Pure: no communication.
 """
@@ -47,6 +47,12 @@ class Holders:
 
     def __len__(self) -> int:
         return len(self.ranks)
+
+    def __contains__(self, rank: int) -> bool:
+        if isinstance(self.ranks, range):
+            return rank in self.ranks
+        place = bisect_left(self.ranks, rank)
+        return place < len(self.ranks) and self.ranks[place] == rank
 
     def place_of(self, rank: int) -> int:
         """How many of them come before `rank`, which is one of them."""
@@ -151,7 +157,39 @@ def _box(
         raise LeafError(
             f"{name} cannot be saved: {local} of it is here where {placements} says {tuple(shape)}"
         )
+    if not all(_is_run(tensor.shape[dim], dim, mesh, placements) for dim in _strided_dims(placements)):
+        raise LeafError(
+            f"{name} cannot be saved: what is here of it is no box of the whole ({placements}); "
+            "redistribute it"
+        )
     return tuple(offsets), local
+
+
+def _strided_dims(placements: Sequence[Any]) -> set[int]:
+    """Dimensions along which a rank may have elements that are apart."""
+    return {placement.dim for placement in placements if hasattr(placement, "split_factor")}
+
+
+def _is_run(size: int, dim: int, mesh: Any, placements: Sequence[Any]) -> bool:
+    """Whether the elements that are here along `dim`, which has `size` of them, follow each other.
+
+    Of one dimension alone, torch does not say: FSDP2 makes runs together with tensor parallelism,
+    `DTensor.flatten` of a column-wise tensor makes none, and both call it strided.
+    """
+    here = torch.arange(size)
+    for mesh_dim, placement in enumerate(placements):
+        if getattr(placement, "dim", None) == dim:
+            along = _along_first(placement)
+            ranks, coordinate = mesh.size(mesh_dim), mesh.get_coordinate()[mesh_dim]
+            here = along._split_tensor(here, ranks, with_padding=False, contiguous=False)[0][coordinate]  # noqa: SLF001
+    return bool((here.diff() == 1).all())
+
+
+def _along_first(placement: Any) -> Any:
+    """The same of a tensor's first dimension."""
+    if hasattr(placement, "split_factor"):
+        return type(placement)(0, split_factor=placement.split_factor)
+    return type(placement)(0)
 
 
 # ---------------------------------------------------------------------------- who writes what

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from .formats.image import NO_RECORD
 from .formats.manifest import FileEntry
 from .options import FOREVER_S
 from .plan import Planned, WritePlan
-from .shards import local_of
+from .shards import is_sharded, local_of
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +40,9 @@ class Guard:
     """Tells whether a live tensor changed since the guard was made.
 
     It compares version counters, addresses and sizes. These do not see writes through `.data`, through
-    numpy or other aliases without a counter, by custom kernels, or by fused optimizers; the step fence
-    keeps the last from mattering. `guard="full"` compares checksums instead of trusting counters.
+    numpy or other aliases without a counter, by custom kernels, by fused optimizers, or by `torch._foreach_*`
+    on DTensors; the step fence keeps the last two from mattering to a model and its optimizer. Of other
+    DTensors on the host, checksums are compared; `guard="full"` does so of everything.
 
     Attributes:
         storages: addresses of the storages that are at risk.
@@ -85,6 +86,13 @@ def _memory(tensor: torch.Tensor) -> tuple[int, int, int]:
     local = local_of(tensor)
     storage = local.untyped_storage()
     return local.data_ptr(), storage.data_ptr(), storage.nbytes()
+
+
+def _unseen(live: list[tuple[str, torch.Tensor]]) -> frozenset[str]:
+    """Names of tensors that no counter tells of and no fence protects: sharded ones, which `torch._foreach_*`
+    changes without counting, where no optimizer's step is waited for before they change."""
+    fenced = ("model.", "optimizer.")
+    return frozenset(name for name, tensor in live if is_sharded(tensor) and not name.startswith(fenced))
 
 
 # ---------------------------------------------------------------------------- engine
@@ -309,7 +317,8 @@ class Stager:
         images = self._images(planned.plan)
         streams = devices.current_streams(planned.used_devices())
         try:
-            checksums = self._checksums(planned, dict(streams)) if self._full_guard else None
+            compared = self._compared(planned, live)
+            checksums = self._checksums(planned, dict(streams), compared) if compared else None
             job = self._engine.submit(
                 str(directory),
                 images,
@@ -332,10 +341,20 @@ class Stager:
             self._compiled = (plan, images)
         return self._compiled[1]
 
+    def _compared(self, planned: Planned, live: list[tuple[str, torch.Tensor]]) -> Sequence[int]:
+        """The sources whose bytes are compared, where counters are not enough."""
+        tensors = range(len(planned.plan.slots), len(planned.sizes))
+        if self._full_guard:
+            return tensors
+        unseen, names = _unseen(live), planned.plan.names
+        if not unseen:
+            return ()
+        return [s for s in tensors if names[s] in unseen and planned.devices[s] == devices.HOST]
+
     @staticmethod
-    def _checksums(planned: Planned, streams: dict[int, int]) -> dict[int, int]:
+    def _checksums(planned: Planned, streams: dict[int, int], compared: Sequence[int]) -> dict[int, int]:
         found = {}
-        for source in range(len(planned.plan.slots), len(planned.sizes)):
+        for source in compared:
             device = int(planned.devices[source])
             memory = int(planned.addresses[source]), int(planned.sizes[source])
             if device == devices.HOST:

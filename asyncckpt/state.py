@@ -33,7 +33,7 @@ from .sections.generators import RngSection
 from .sections.model import ModelSection, own_name, unwrapped
 from .sections.optimizer import OptimizerSection
 from .sections.values import ValueSection
-from .tree import Matching
+from .tree import Matching, StateTree
 
 
 class TrainingState:
@@ -104,9 +104,11 @@ class TrainingState:
         else:
             _stateful(name, value)
 
-    def capture(self, step: int) -> dict[str, Any]:
+    def capture(self, step: int) -> StateTree:
         """The tree at this moment. Tensors are the live ones, or aliases of them."""
-        tree: dict[str, Any] = {}
+        tree = StateTree()
+        if self.model is not None:
+            tree.parameters = self.model.parameters()
         for name, section in self.sections.items():
             began_s = time.perf_counter()
             tree[name] = section.capture()

@@ -25,6 +25,17 @@ Path = tuple[str | int, ...]
 OWN_SECTIONS = ("dataloader", "per_rank", "rng")
 
 
+class StateTree(dict[str, Any]):
+    """A tree, and what planners cannot tell from its leaves.
+
+    Attributes:
+        parameters: keys of the model's branch that are parameters, which training keeps equal on all ranks
+            that have the same of them. Its buffers may differ.
+    """
+
+    parameters: frozenset[str] = frozenset()
+
+
 class Leaf(NamedTuple):
     """A value of the tree that is saved as one: a tensor, or python that is pickled."""
 

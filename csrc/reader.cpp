@@ -121,6 +121,7 @@ Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct,
     total += std::max<uint64_t>(1, blocks);
     buffer_nbytes_ = std::max<size_t>(buffer_nbytes_, file.block_nbytes);
     opened_.push_back(std::make_unique<Opened>());
+    opened_.back()->blocks_left = std::max<uint64_t>(1, blocks);
   }
   first_block_.push_back(total);
   use_devices(driver, streams);
@@ -204,6 +205,8 @@ ReadError Reading::read_all(uint64_t* block) {
       const size_t file = position();
       ReadError error = read_block(file, next - first_block_[file], buffers);
       if (error.kind != ReadError::Kind::none) return error;
+      // Whoever is last to be done with a block of this file: nobody reads it any more.
+      if (--opened_[file]->blocks_left == 0) opened_[file]->file.close();
     }
     for (int side = 0; side < 2; ++side)
       if (DeviceFailure failure = buffers.turn())

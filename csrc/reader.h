@@ -67,6 +67,8 @@ class Reading {
   struct Opened {
     File file;
     std::once_flag once;
+    std::atomic<uint64_t> blocks_left{
+        0};  // closed with the last, so that few files are open at once
   };
 
   class Buffers;

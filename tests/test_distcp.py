@@ -357,6 +357,7 @@ def test_ranks_with_different_trees_make_one_metadata() -> None:
     ("second", "words"),
     [
         (({"w": form(4)}, []), "the ranks have 2 of its 4 elements"),
+        (({"w": form(4)}, [("w", (1,), (2,))]), "some of its elements twice, and others not at all"),
         (({"w": form(4), "v": None}, [("w", (2,), (2,))]), "v was written by no rank"),
         (({"w": form(6)}, [("w", (2,), (4,))]), r"torch.float32\[4\] on one rank and torch.float32\[6\]"),
         (({"w": form(4, dtype=torch.int32)}, [("w", (2,), (2,))]), r"and torch.int32\[4\] on another"),
@@ -366,3 +367,26 @@ def test_ranks_with_different_trees_make_one_metadata() -> None:
 def test_what_ranks_do_not_have_together_is_named(second: Any, words: str) -> None:
     with pytest.raises(LeafError, match=words):
         distcp.merged_metadata([said("0", {"w": form(4)}, [("w", (0,), (2,))]), said("1", *second)])
+
+
+BOXES = st.lists(st.tuples(*[st.tuples(st.integers(0, 2), st.integers(0, 3))] * 2), max_size=5)
+
+
+@given(BOXES, st.tuples(st.integers(0, 3), st.integers(0, 3)))
+def test_boxes_tile_what_they_cover_once(boxes: list[Any], whole: tuple[int, int]) -> None:
+    covered = torch.zeros(8, 8, dtype=torch.int64)
+    for (row, rows), (column, columns) in boxes:
+        covered[row : row + rows, column : column + columns] += 1
+    expected = torch.zeros(8, 8, dtype=torch.int64)
+    expected[: whole[0], : whole[1]] = 1
+    found = distcp.tile(whole, [((a, b), (n, m)) for (a, n), (b, m) in boxes])
+    assert found == torch.equal(covered, expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_many_boxes_are_compared_with_few(dim: int) -> None:
+    """Columns on 16,384 ranks: comparing each with all others would take minutes."""
+    places = [(index, 0) if dim == 0 else (0, index) for index in range(16_384)]
+    whole = (16_384, 2) if dim == 0 else (2, 16_384)
+    shape = (1, 2) if dim == 0 else (2, 1)
+    assert distcp.tile(whole, [(place, shape) for place in places])

@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from asyncckpt.planners.dcp import DcpPlanner
 from asyncckpt.shards import Block, Blocks, Holders, shares
+from asyncckpt.tree import StateTree
 
 MANY = 16_384
 
@@ -86,7 +87,8 @@ def test_replicas_in_a_mesh_of_many_have_a_short_name(last_of_many: int) -> None
 
 
 def test_what_a_ballot_says_of_its_group_does_not_grow_with_the_group() -> None:
-    tree = {f"w{index}": torch.zeros(40_000) for index in range(20)}
+    tree = StateTree(model={f"w{index}": torch.zeros(40_000) for index in range(20)})
+    tree.parameters = frozenset(tree["model"])
     few, many = (DcpPlanner(0, world).plan(tree).plan.groups for world in (8, MANY))
     assert len(repr(many)) <= len(repr(few)) + len(str(MANY))
     assert [name for _, name in few] == [name for _, name in many]

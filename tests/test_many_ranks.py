@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from asyncckpt import AsyncCheckpointer
+from asyncckpt import AsyncCheckpointer, _native, restore
 from asyncckpt.errors import CheckpointError, LeafError, OptionError
 from tests.process_world import Talk, World, process_world
 
 RANKS = 4
+faults = _native.faults
 
 
 @pytest.fixture(scope="module")
@@ -244,16 +246,157 @@ def test_what_cannot_be_saved_is_named(world: World, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name[0] != "."]
 
 
+def save_no_box(talk: Talk, rank: int, root: Path) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    columns: Any = distribute_tensor(torch.arange(32.0).reshape(4, 8), mesh, [Shard(1)])
+    flat = columns.flatten()
+    if flat.placements[0] == Replicate():
+        return "extra.flat is no box"  # older torch gathers it: there is nothing to refuse
+    with checkpointer_of(root, extra={"flat": flat}, on_error="warn") as checkpointer:
+        return refusal(checkpointer)
+
+
+def refusal(checkpointer: AsyncCheckpointer) -> str:
+    """What save() says of a leaf that it refuses."""
+    with pytest.raises(LeafError) as caught:
+        checkpointer.save(1)
+    return str(caught.value)
+
+
+def test_what_is_no_box_of_the_whole_is_refused(world: World, tmp_path: Path) -> None:
+    """Of a column-wise tensor that was flattened, a rank has some of each row."""
+    for said in world.run(2, save_no_box, tmp_path):
+        assert said.startswith("extra.flat")
+        assert "is no box" in said
+    assert not [path for path in tmp_path.iterdir() if path.name[0] != "."]
+
+
+def save_and_change(talk: Talk, rank: int, root: Path) -> tuple[str, str]:
+    """What a save says whose sharded tensors changed behind their counters, and one that was fenced."""
+    mesh = init_device_mesh("cpu", (2,))
+    zeros = [torch.zeros(1 << 20) for _ in range(2)]
+    averages = [DTensor.from_local(local, mesh, [Shard(0)], run_check=False) for local in zeros]
+    extra = {"averages": averages}
+    said = []
+    with checkpointer_of(root, extra=extra, host_memory=1 << 20, on_error="warn") as checkpointer:
+        for step, fenced in ((1, False), (2, True)):
+            if not fenced:
+                faults.arm(faults.Op.copy, 1, faults.Kind.pause)
+            handle = checkpointer.save(step)
+            if fenced:
+                checkpointer.fence()
+            else:
+                assert faults.wait_for_hits(faults.Op.copy, 1, 60)
+            torch._foreach_add_(averages, 1.0)
+            faults.disarm()
+            try:
+                handle.wait()
+                said.append("")
+            except CheckpointError as error:
+                said.append(f"{type(error).__name__}: {error}")
+    return said[0], said[1]
+
+
+def test_sharded_tensors_that_change_unseen_are_not_committed_torn(world: World, tmp_path: Path) -> None:
+    for torn, fenced in world.run(2, save_and_change, tmp_path):
+        assert "extra.averages." in torn
+        assert fenced == ""
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["step-2"]
+
+
+class Average:
+    """Moving averages of a sharded model, and how many were taken."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.count = torch.zeros(())
+        self.shadow = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "shadow": {"deep": self.shadow}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        for name, value in self.shadow.items():
+            value.copy_(state["shadow"]["deep"][name])  # takes nothing that is no DTensor
+
+
+def load_averages(talk: Talk, rank: int, root: Path, rows: int) -> tuple[list[str], list[float]]:
+    """Averages kept in an object, in a module and in a dict; rows they have, and values after a load."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+
+    def made() -> nn.Module:
+        model = nn.Linear(8, rows)
+        fully_shard(model, mesh=mesh)
+        return model
+
+    average, shadow, plain = Average(made()), made(), dict(made().state_dict())
+    extra = {"average": average, "module": shadow, "plain": plain}
+    kept = [*average.shadow.values(), *shadow.state_dict().values(), *plain.values()]
+    for tensor in kept:
+        tensor.fill_(3)
+    average.count.fill_(3)
+    with checkpointer_of(root, extra=extra) as checkpointer:
+        if rows == 7:
+            checkpointer.save(1).wait()
+        for tensor in kept:
+            tensor.fill_(0)
+        average.count.fill_(0)
+        try:
+            checkpointer.load(1)
+            said = []
+        except CheckpointError as error:
+            said = [line.partition(":")[0].strip() for line in str(error).splitlines()[1:]]
+    return said, sorted(local_values([*kept, average.count]))
+
+
+def local_values(tensors: list[Any]) -> set[float]:
+    locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return {value for local in locals_ for value in local.flatten().tolist()}
+
+
+def test_sharded_averages_in_extra_are_filled_where_they_are(world: World, tmp_path: Path) -> None:
+    assert world.run(3, load_averages, tmp_path, 7) == [([], [3.0])] * 3
+    for said, values in world.run(2, load_averages, tmp_path, 6):
+        assert "extra.average.shadow.deep.weight" in said
+        assert "extra.module.weight" in said
+        assert values == [0.0]
+
+
+def save_pipeline(talk: Talk, rank: int, root: Path) -> str:
+    """Each rank has a parameter of its own; an optimizer's groups are saved once."""
+    model = nn.Module()
+    mesh = DeviceMesh("cpu", [rank], _init_backend=False)
+    weight = DTensor.from_local(torch.ones(4), mesh, [Shard(0)], run_check=False)
+    model.register_parameter(f"weight{rank}", nn.Parameter(weight))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with checkpointer_of(root, model=model, optimizer=optimizer, on_error="warn") as checkpointer:
+        try:
+            checkpointer.save(1).wait()
+        except CheckpointError as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_what_no_rank_could_load_is_not_saved(world: World, tmp_path: Path) -> None:
+    for said in world.run(2, save_pipeline, tmp_path):
+        assert said.startswith("RankError: ")
+        assert "another structure" in said
+    assert not [path for path in tmp_path.iterdir() if path.name[0] != "."]
+
+
 # ---------------------------------------------------------------------------- bounds and shares
 
 
 def save_replicated(talk: Talk, rank: int, root: Path, nbytes: int, host_memory: int) -> int:
     """Peak of this process's memory above what it had before there was a checkpointer, in bytes."""
-    state = {f"w{i}": torch.full((nbytes // 16 // 4096, 1024), float(i)) for i in range(16)}
-    state |= {f"b{i}": torch.full((17,), float(i)) for i in range(64)}
+    model = nn.Module()
+    for i in range(16):
+        model.register_parameter(f"w{i}", nn.Parameter(torch.full((nbytes // 16 // 4096, 1024), float(i))))
+    for i in range(64):
+        model.register_parameter(f"b{i}", nn.Parameter(torch.full((17,), float(i))))
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc(5)
-    with checkpointer_of(root, extra=state, host_memory=host_memory) as checkpointer:
+    with checkpointer_of(root, model=model, host_memory=host_memory) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step)
             checkpointer.wait()
@@ -297,6 +440,35 @@ def test_what_differs_is_pointed_out_once(world: World, tmp_path: Path) -> None:
     assert said[1:] == ["", ""]
 
 
+class Counted(nn.Module):
+    """One parameter, which is the same on all ranks, and buffers that are not; all too large to be small."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((96 << 10,), 5.0))
+        self.register_buffer("mean", torch.full((64 << 10,), float(rank)))
+        self.register_buffer("variance", torch.full((32 << 10,), float(rank)))
+        self.register_buffer("batches", torch.tensor(rank))
+
+
+def save_plain(talk: Talk, rank: int, root: Path) -> dict[str, list[float]]:
+    model = Counted(rank)
+    stats = torch.full((64 << 10,), float(rank))
+    with checkpointer_of(root, model=model, extra={"stats": stats}) as checkpointer:
+        checkpointer.save(1).wait()
+        checkpointer.load(1)
+    found = {**model.state_dict(), "stats": stats}
+    return {name: sorted(set(value.flatten().tolist())) for name, value in found.items()}
+
+
+def test_plain_tensors_are_those_of_the_first_rank(world: World, tmp_path: Path) -> None:
+    """As stock DCP has it: BatchNorm's running statistics differ between the ranks of DDP."""
+    found = world.run(3, save_plain, tmp_path)
+    assert found == [{"weight": [5], "mean": [0], "variance": [0], "batches": [0], "stats": [0]}] * 3
+    sizes = [(tmp_path / "step-1" / f"__{rank}_0.distcp").stat().st_size for rank in range(3)]
+    assert min(sizes[1:]) > 96 << 10  # a third of the weight
+
+
 def open_wrongly(talk: Talk, rank: int, root: Path) -> list[str]:
     said = []
     model = nn.Linear(2, 2)
@@ -329,3 +501,93 @@ def save_alone(talk: Talk, rank: int, root: Path) -> int:
 def test_a_rank_may_save_by_itself(world: World, tmp_path: Path) -> None:
     assert len(set(world.run(2, save_alone, tmp_path))) == 1
     assert {path.name for path in (tmp_path / "1" / "step-1").iterdir()} >= {"__0_0.distcp", ".metadata"}
+
+
+def save_part_alone(talk: Talk, rank: int, root: Path) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    extra = {"part": distribute_tensor(torch.arange(8.0), mesh, [Shard(0)])}
+    with checkpointer_of(root / str(rank), extra=extra, world_size=1, on_error="warn") as checkpointer:
+        return refusal(checkpointer)
+
+
+def test_part_of_a_tensor_is_not_saved_as_the_whole(world: World, tmp_path: Path) -> None:
+    for said in world.run(2, save_part_alone, tmp_path):
+        assert said.startswith("extra.part cannot be saved by one rank alone: [4] of its [8] is here")
+
+
+def save_whole_alone(talk: Talk, rank: int, root: Path) -> list[float]:
+    """All of these are here, although several ranks have one of them."""
+    whole = torch.arange(65_536.0)
+    single = DeviceMesh("cpu", [rank], _init_backend=False)
+    extra = {
+        "replicated": distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Replicate()]),
+        "single": DTensor.from_local(whole.clone(), single, [Shard(0)], run_check=False),
+    }
+    with checkpointer_of(root / str(rank), extra=extra, world_size=1) as checkpointer:
+        checkpointer.save(1).wait()
+        for tensor in extra.values():
+            tensor.to_local().zero_()
+        checkpointer.load(1)
+    return [float((tensor.to_local() - whole).abs().max()) for tensor in extra.values()]
+
+
+def test_a_rank_alone_saves_what_it_has_as_a_whole(world: World, tmp_path: Path) -> None:
+    assert world.run(2, save_whole_alone, tmp_path) == [[0.0, 0.0]] * 2
+
+
+def save_as_others(talk: Talk, rank: int, root: Path) -> str:
+    """Ranks 1 and 2 call themselves 0 and 1."""
+    if rank == 0:
+        return ""
+    mesh = DeviceMesh("cpu", [1, 2], _init_backend=False)
+    extra = {"w": DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False)}
+    store = torch.distributed.distributed_c10d._get_default_store()
+    options: dict[str, Any] = {"store": store, "rank": rank - 1, "world_size": 2}
+    with checkpointer_of(root, extra=extra, on_error="warn", **options) as checkpointer:
+        return refusal(checkpointer)
+
+
+def test_ranks_that_are_numbered_otherwise_are_told(world: World, tmp_path: Path) -> None:
+    for said in world.run(3, save_as_others, tmp_path)[1:]:
+        assert "both must number ranks alike" in said
+
+
+def save_tied(talk: Talk, rank: int, root: Path) -> list[bool]:
+    """Weights with fewer rows than there are ranks, under two names; on some ranks none of them is."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model = nn.Module()
+    model.embedding = nn.Embedding(5, 8)
+    model.head = nn.Linear(8, 5, bias=False)
+    model.head.weight = model.embedding.weight
+    fully_shard(model, mesh=mesh)
+    weight: Any = model.head.weight
+    whole = weight.full_tensor().clone()
+    with checkpointer_of(root, model=model, extra={"plain": torch.ones(3)}) as checkpointer:
+        checkpointer.save(1).wait()
+        weight.detach().zero_()
+        checkpointer.load(1)
+    return [model.head.weight is model.embedding.weight, torch.equal(weight.full_tensor(), whole)]
+
+
+def test_tied_weights_with_fewer_rows_than_ranks(world: World, tmp_path: Path) -> None:
+    assert world.run(RANKS, save_tied, tmp_path) == [[True, True]] * RANKS
+
+
+def load_with_few_descriptors(talk: Talk, rank: int, root: Path) -> tuple[int, bool]:
+    """One process reads the files of many ranks; it may open fewer at once than there are."""
+    restore._OPEN_MAX = 2
+    weight = torch.zeros(2050, 1024)
+    model = nn.Module()
+    model.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    with checkpointer_of(root, model=model) as checkpointer:
+        used = len(list(Path("/proc/self/fd").iterdir()))
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 9, most))
+        resume = checkpointer.load_latest()
+    assert resume is not None
+    return resume.step, bool((weight == 1).all())
+
+
+def test_a_step_of_more_files_than_may_be_open(world: World, tmp_path: Path) -> None:
+    world.run(6, save_steps, tmp_path, [1])
+    assert world.run(1, load_with_few_descriptors, tmp_path) == [(1, True)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
+import os
 import pickle
 import random
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from asyncckpt import AsyncCheckpointer
+from asyncckpt import AsyncCheckpointer, _native, restore
 from asyncckpt.errors import CorruptStepError, LoadError, MismatchError, NoIntactStepError, UntrustedError
 
 LAYOUTS = ["dcp", "megatron"]
@@ -634,3 +636,37 @@ def test_a_load_that_fails_halfway_refuses_saves(tmp_path: Path) -> None:
         moody.angry = False
         checkpointer.load_latest()
         checkpointer.save(2).wait()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES])
+@pytest.mark.parametrize("where", ["parsing", "reading"])
+def test_what_this_process_may_not_do_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, number: int
+) -> None:
+    """Falling back to an older step would not help, and would lose the newer one's work."""
+    extra = {"weight": torch.ones(64)}
+    with AsyncCheckpointer(tmp_path, extra=extra) as checkpointer:
+        checkpointer.save(1).wait()
+        checkpointer.save(2).wait()
+        refused: list[Any] = []
+        if where == "parsing":
+
+            def refuse(path: Any, *args: Any, **kwargs: Any) -> int:
+                if not str(path).endswith(".metadata"):
+                    return opened(path, *args, **kwargs)
+                refused.append(path)
+                raise OSError(number, os.strerror(number))
+
+            opened = os.open
+            monkeypatch.setattr(restore.os, "open", refuse)
+        else:
+            _native.faults.arm(_native.faults.Op.open, 0, _native.faults.Kind.error, number)
+        with pytest.raises(LoadError, match=os.strerror(number)) as caught:
+            checkpointer.load_latest()
+        assert refused or _native.faults.hits(_native.faults.Op.open) == 1
+        monkeypatch.undo()
+        _native.faults.disarm()
+        assert type(caught.value) is LoadError
+        resume = checkpointer.load_latest()
+        assert resume is not None
+        assert resume.step == 2

@@ -196,3 +196,36 @@ def test_a_state_hook_that_hands_out_copies_is_served_by_load_state_dict(tmp_pat
             model.weight.zero_()
         checkpointer.load(1)
     assert torch.equal(model.weight, expected)
+
+
+class Lookalike(nn.Module):
+    """Names that only contain what torch calls its wrappers."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.net_orig_mod = nn.Linear(2, 2, bias=False)
+        self.netweight = nn.Parameter(torch.full((2, 2), value))
+        nn.init.constant_(self.net_orig_mod.weight, value + 1)
+
+
+def test_names_that_only_look_like_wrappers_stay(tmp_path: Path) -> None:
+    model = Lookalike(1.0)
+    with AsyncCheckpointer(tmp_path, model=model) as checkpointer:
+        checkpointer.save(1).wait()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        checkpointer.load(1)
+    assert bool((model.netweight == 1).all())
+    assert bool((model.net_orig_mod.weight == 2).all())
+
+
+def test_names_that_are_one_without_wrappers_are_refused(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.net = nn.Module()
+    model.net.register_parameter("weight", nn.Parameter(torch.zeros(2)))
+    model.net._orig_mod = nn.Linear(2, 1, bias=False)
+    with AsyncCheckpointer(tmp_path, model=model) as checkpointer:
+        with pytest.raises(LeafError, match=r"model\.net\.weight and model\.net\._orig_mod\.weight"):
+            checkpointer.save(1)
+        assert not [path for path in tmp_path.iterdir() if "step" in path.name]

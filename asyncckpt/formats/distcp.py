@@ -18,6 +18,7 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -421,6 +422,31 @@ def _check_whole(fqn: str, leaf: _Leaf) -> None:
         elements = sum(prod(shape) for *_, shape in leaf.pieces.values())
         if elements != prod(leaf.form.shape):
             raise LeafError(f"{fqn}: the ranks have {elements} of its {prod(leaf.form.shape)} elements")
+        if not tile(leaf.form.shape, [(offsets, shape) for offsets, (_, _, shape) in leaf.pieces.items()]):
+            raise LeafError(f"{fqn}: the ranks have some of its elements twice, and others not at all")
+
+
+def tile(whole: _Sizes, boxes: Iterable[tuple[_Sizes, _Sizes]]) -> bool:
+    """Whether boxes, each its offsets and its shape, cover a tensor of shape `whole`, each element once."""
+    filled = [(offsets, shape) for offsets, shape in boxes if prod(shape)]
+    if any(a < 0 or a + n > size for box in filled for a, n, size in zip(*box, whole, strict=True)):
+        return False
+    if sum(prod(shape) for _, shape in filled) != prod(whole):
+        return False
+    if not whole:
+        return True
+    # As many elements as the whole: it is covered unless two overlap. Sorted along the dimension that has
+    # the most places, a box needs to be compared with few others.
+    along = max(range(len(whole)), key=lambda dim: len({offsets[dim] for offsets, _ in filled}))
+    filled.sort(key=lambda box: box[0][along])
+    for index, (offsets, shape) in enumerate(filled):
+        end = offsets[along] + shape[along]
+        for others, size in islice(filled, index + 1, None):
+            if others[along] >= end:
+                break
+            if all(a < b + n and b < a + m for a, m, b, n in zip(offsets, shape, others, size, strict=True)):
+                return False
+    return True
 
 
 def read_metadata(data: bytes, *, trusted: bool = False) -> Metadata:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,8 +30,8 @@ from ..plan import (
     slot_nbytes,
     span_nbytes,
 )
-from ..shards import Block, Blocks, Piece, boxes, is_sharded, local_of, shares
-from ..tree import OWN_SECTIONS, Leaf, flatten, tensors_in
+from ..shards import Block, Blocks, Holders, Piece, boxes, is_sharded, local_of, shares
+from ..tree import OWN_SECTIONS, Leaf, StateTree, flatten, tensors_in
 
 
 class _Tensor(NamedTuple):
@@ -39,7 +39,7 @@ class _Tensor(NamedTuple):
 
     leaf: Leaf
     item: int
-    form: tuple[Any, ...]
+    form: tuple[Any, ...]  # dtype first; last, whether the first rank writes it
 
 
 class _Source(NamedTuple):
@@ -53,7 +53,8 @@ class _Source(NamedTuple):
 
 class DcpPlanner(PlanCache):
     """Tensors first, then python leaves. Tied tensors (same memory, shape and strides) are one item under
-    several names. What several ranks hold, they write in equal shares."""
+    several names. What several ranks hold, they write in equal shares, where training keeps it equal; of
+    all else that is plain, the first rank's is written."""
 
     def __init__(self, rank: int = 0, world_size: int = 1) -> None:
         super().__init__()
@@ -67,6 +68,7 @@ class DcpPlanner(PlanCache):
     def plan(self, tree: Mapping[str, Any]) -> Planned:
         own = {} if self._alone else {name: tree[name] for name in OWN_SECTIONS if name in tree}
         leaves = flatten({name: branch for name, branch in tree.items() if name not in own})
+        parameters = tree.parameters if isinstance(tree, StateTree) else frozenset()
         tensors: list[_Tensor] = []
         others: list[Leaf] = []
         items: dict[tuple[Any, ...], int] = {}
@@ -78,6 +80,7 @@ class DcpPlanner(PlanCache):
                 form = (
                     tensor.dtype, tensor.shape, local.shape, local.stride(), _placement(tensor),
                     tensor.requires_grad, local.is_conj(), local.is_neg(),
+                    self._is_first_ranks(leaf, parameters),
                 )  # fmt: skip
                 item = items.setdefault((local.data_ptr() or id(local), form), len(unique))
                 if item == len(unique):
@@ -100,6 +103,7 @@ class DcpPlanner(PlanCache):
         signature = (
             tuple((leaf.path, item, form) for leaf, item, form in tensors),
             tuple((leaf.path, tuple(s.nbytes() for s in pickled.storages)) for leaf, pickled in shared),
+            tuple(crc for leaf, crc in zip(others, crcs, strict=False) if _names_parameters(leaf)),
             tuple(tuple(s.nbytes() for s in pickled.storages) for _, pickled in written),
         )
         served = self._serve(signature, [pickled for _, pickled in written])
@@ -111,7 +115,37 @@ class DcpPlanner(PlanCache):
         spans = [(local_of(unique[s.item]), s.begin_nbytes, s.nbytes) for s in self._sources]
         return planned_with(plan, written, spans, served is None, crcs)
 
+    def _is_first_ranks(self, leaf: Leaf, parameters: frozenset[str]) -> bool:
+        """Whether the first rank writes the whole of a tensor: what it has is what is saved.
+
+        Plain tensors are shared only where training keeps them equal, and that is true of parameters and
+        of what an optimizer makes of them. Statistics, counters and the user's own may differ: made of two
+        ranks' halves, they would be nobody's.
+        """
+        if self._alone or is_sharded(leaf.value):
+            return False
+        section, *rest = leaf.path
+        return section != "optimizer" and not (section == "model" and rest[0] in parameters)
+
     # -- once per structure
+
+    def _block(self, name: str, tensor: torch.Tensor) -> Block:
+        """What of a tensor is to be saved here, and by whom."""
+        block = self._blocks.of(name, tensor)
+        if self._alone:
+            if block.shape != block.whole:
+                raise LeafError(
+                    f"{name} cannot be saved by one rank alone: {list(block.shape)} of its "
+                    f"{list(block.whole)} is here; let all ranks of its mesh save together, or gather it"
+                )
+            return replace(block, holders=Holders.of((self._rank,)))
+        if self._rank not in block.holders:
+            raise LeafError(
+                f"{name} cannot be saved: to torch.distributed, what is here of it is on rank(s) "
+                f"{block.holders.key}, and this is rank {self._rank} of those that save; "
+                f"both must number ranks alike"
+            )
+        return block
 
     def _lay_out(
         self,
@@ -127,8 +161,9 @@ class DcpPlanner(PlanCache):
         called: dict[int, str] = {}  # items, by the first of their names
         for leaf, item, _ in tensors:
             called.setdefault(item, leaf.name)
-        blocks = [self._blocks.of(called[item], tensor) for item, tensor in enumerate(unique)]
-        sources = _sources(unique, blocks, self._rank)
+        blocks = [self._block(called[item], tensor) for item, tensor in enumerate(unique)]
+        firsts = {item for _, item, form in tensors if form[-1]}
+        sources = _sources(unique, blocks, firsts, self._rank)
 
         builder = ImageBuilder(data_path(self._rank))
         placed: dict[int, list[tuple[distcp.ItemSpec, distcp.Span, tuple[int, ...]]]] = {}
@@ -180,17 +215,18 @@ def _placement(tensor: torch.Tensor) -> object:
     return tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
 
 
-def _sources(unique: Sequence[torch.Tensor], blocks: Sequence[Block], rank: int) -> list[_Source]:
-    """What this rank writes, in the order of the items."""
+def _sources(
+    unique: Sequence[torch.Tensor], blocks: Sequence[Block], firsts: Collection[int], rank: int
+) -> list[_Source]:
+    """What this rank writes, in the order of the items; `firsts` are those that the first rank writes."""
     locals_ = [local_of(tensor) for tensor in unique]
     cuttable = [local.is_contiguous() and not (local.is_conj() or local.is_neg()) for local in locals_]
-    table = [
-        (block, local.element_size(), can_cut)
-        for block, local, can_cut in zip(blocks, locals_, cuttable, strict=True)
-    ]
+    shared = [item for item in range(len(unique)) if item not in firsts]
+    table = [(blocks[item], locals_[item].element_size(), cuttable[item]) for item in shared]
+    mine_of = dict(zip(shared, shares(table, rank), strict=True))
     found = []
-    for item, (mine, local) in enumerate(zip(shares(table, rank), locals_, strict=True)):
-        block = blocks[item]
+    for item, (block, local) in enumerate(zip(blocks, locals_, strict=True)):
+        mine = mine_of.get(item, ((0, local.numel()),) if rank == 0 else ())
         if not local.numel() and 0 not in block.whole:
             continue  # nothing of it is here
         for begin, end in mine:
@@ -242,16 +278,28 @@ def _groups(
 ) -> tuple[tuple[str, str], ...]:
     """For each set of ranks that this one shares tensors with, a digest of them."""
     seen: dict[str, Any] = {}
+    numbers: dict[str, dict[int, int]] = {}
     for leaf, item, form in tensors:
         block = blocks[item]
         if len(block.holders) > 1:
-            said = (leaf.path, block.whole, block.offsets, block.shape, str(form[0]), item)
+            # Which are tied is told by numbers within the set: outside of it, ranks may see other ties.
+            # Where a shard has no elements, nothing says that two of them were one tensor.
+            items = numbers.setdefault(block.holders.key, {})
+            number = items.setdefault(item, len(items))
+            said = (leaf.path, block.whole, block.offsets, block.shape, str(form[0]), number)
             seen.setdefault(block.holders.key, hashlib.sha256()).update(repr(said).encode())
-    python = hashlib.sha256(repr([leaf.path for leaf in others]).encode())
+    # What an optimizer steps is saved once too, and a rank that steps something else could not load it.
+    stepped = [leaf.value for leaf in others if _names_parameters(leaf)]
+    python = hashlib.sha256(repr([[leaf.path for leaf in others], stepped]).encode())
     return (
         ("python", python.hexdigest()[:16]),
         *((key, found.hexdigest()[:16]) for key, found in seen.items()),
     )
+
+
+def _names_parameters(leaf: Leaf) -> bool:
+    """Whether it is the list of what a group of an optimizer steps."""
+    return leaf.path[0] == "optimizer" and leaf.path[-1] == "params"
 
 
 def _check_storable(leaf: Leaf) -> None:

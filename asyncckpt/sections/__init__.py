@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from ..tree import Matching
+from .spread import with_live_shards
 
 
 @runtime_checkable
@@ -42,7 +43,7 @@ class StatefulSection:
         return self.owner.state_dict()
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
-        value = matching.fresh(name, stored)
+        value = matching.fresh(name, with_live_shards(name, self.owner, stored, matching))
         matching.afterwards.append(lambda: self.owner.load_state_dict(value) and None)
 
 

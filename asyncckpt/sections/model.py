@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from ..errors import LeafError
 from ..shards import local_of
 from ..tree import Matching, StoredTensor, flatten
 
@@ -23,14 +24,26 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})  # of torch.compile and checkpoint_wrapper
 
 
 def own_name(key: str) -> str:
     """A parameter's name as the user's module has it; what stock DCP calls its fully qualified name."""
-    for wrapper in _WRAPPERS:
-        key = key.replace(wrapper, "")
-    return key
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def _own_names(keys: Iterable[str]) -> dict[str, str]:
+    """Keys of a state_dict by their own names.
+
+    Raises:
+        LeafError: two have the same; one would be lost.
+    """
+    found: dict[str, str] = {}
+    for key in keys:
+        other = found.setdefault(own_name(key), key)
+        if other != key:
+            raise LeafError(f"model.{other} and model.{key} are the same name without wrappers; rename one")
+    return found
 
 
 class ModelSection:
@@ -40,7 +53,14 @@ class ModelSection:
         self.model = model
 
     def capture(self) -> Any:
-        return {own_name(key): value for key, value in self.model.state_dict().items()}
+        values = self.model.state_dict()
+        return {name: values[key] for name, key in _own_names(values).items()}
+
+    def parameters(self) -> frozenset[str]:
+        """Keys of the branch that are parameters, tied ones too; none, if the model is no module."""
+        if not isinstance(self.model, torch.nn.Module):
+            return frozenset()
+        return frozenset(own_name(name) for name, _ in self.model.named_parameters(remove_duplicate=False))
 
     def buffers(self) -> set[int]:
         """Addresses of the tensors that forward may change."""
@@ -50,7 +70,7 @@ class ModelSection:
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
         theirs = self.model.state_dict()
-        names = {own_name(key): key for key in theirs}
+        names = _own_names(theirs)
         live = {name: theirs[key] for name, key in names.items()}
         stored = _by_key(stored, live)
         own = None

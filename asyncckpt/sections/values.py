@@ -12,6 +12,7 @@ from .. import arrays
 from ..errors import LeafError
 from ..tree import Matching, StoredTensor, fits
 from . import Stateful
+from .spread import with_live_shards
 
 
 class ValueSection:
@@ -48,7 +49,10 @@ class ValueSection:
         in_place = _InPlace(matching)
         for key, value in stored.items():
             owner = self.values.get(key)
-            value = in_place.visit(f"{name}.{key}", owner, value)  # noqa: PLW2901
+            if isinstance(owner, Stateful):
+                value = with_live_shards(f"{name}.{key}", owner, value, matching)  # noqa: PLW2901
+            else:
+                value = in_place.visit(f"{name}.{key}", owner, value)  # noqa: PLW2901
             fresh = matching.fresh(f"{name}.{key}", value)
             if isinstance(owner, Stateful):
                 matching.afterwards.append(lambda owner=owner, fresh=fresh: owner.load_state_dict(fresh))  # type: ignore[misc]
