@@ -422,7 +422,7 @@ def _check_whole(fqn: str, leaf: _Leaf) -> None:
         elements = sum(prod(shape) for *_, shape in leaf.pieces.values())
         if elements != prod(leaf.form.shape):
             raise LeafError(f"{fqn}: the ranks have {elements} of its {prod(leaf.form.shape)} elements")
-        if not tile(leaf.form.shape, [(offsets, shape) for offsets, (_, _, shape) in leaf.pieces.items()]):
+        if not tile(leaf.form.shape, [(offsets, shape) for offsets, (*_, shape) in leaf.pieces.items()]):
             raise LeafError(f"{fqn}: the ranks have some of its elements twice, and others not at all")
 
 
