@@ -34,7 +34,7 @@ from .layouts.dcp import METADATA_PATH, own_path
 from .layouts.megatron import model_path
 from .layouts.megatron_tree import from_megatron
 from .shards import Block, Blocks, local_of
-from .tree import StoredPart, StoredTensor, rebuilt, unflatten
+from .tree import NeededTensor, StoredPart, StoredTensor, UnparsedPart, rebuilt, unflatten
 
 _THREADS = 4
 _BLOCK_NBYTES = 4 << 20  # of reads from files without a manifest
@@ -180,29 +180,44 @@ def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
                 files.path(info.relative_path), f"item at {info.offset}: {error}"
             ) from error
 
+    def parsed(
+        name: str, described: Any, info: Any, offsets: tuple[int, ...], sizes: tuple[int, ...] | None
+    ) -> StoredPart:
+        key = (info.relative_path, info.offset)
+        if key not in parts:
+            ref = item(info)
+            if not isinstance(ref, TensorRef):
+                raise CorruptStepError(files.path(info.relative_path), f"{name}: no tensor at {info.offset}")
+            parts[key] = ref
+        ref = parts[key]
+        if ref.dtype != described.properties.dtype:
+            raise CorruptStepError(files.path(METADATA_PATH), f"{name}: dtype differs from its items")
+        if sizes is not None and ref.shape != sizes:
+            raise CorruptStepError(
+                files.path(METADATA_PATH), f"{name}: shape differs from its item at {offsets}"
+            )
+        return _part(ref, info.relative_path, offsets)
+
     def leaf(name: str, described: Any) -> Any:
         if name not in places:
             raise CorruptStepError(files.path(METADATA_PATH), f"{name} is described but stored nowhere")
         if isinstance(described, BytesStorageMetadata):
             _, info = places[name][0]
             return _stored(item(info), info.relative_path)
-        stored = []
+        stored: list[StoredPart | UnparsedPart] = []
+        sizes = _sizes_of(described) if len(places[name]) > 1 else {}
         for index, info in places[name]:
-            key = (info.relative_path, info.offset)
-            if key not in parts:
-                ref = item(info)
-                if not isinstance(ref, TensorRef):
-                    raise CorruptStepError(
-                        files.path(info.relative_path), f"{name}: no tensor at {info.offset}"
-                    )
-                parts[key] = ref
             offsets = tuple(index.offset) if index.offset is not None else (0,) * len(described.size)
-            if not _inside(offsets, parts[key].shape, described.size):
+
+            def part(info: Any = info, offsets: tuple[int, ...] = offsets) -> StoredPart:
+                return parsed(name, described, info, offsets, sizes.get(offsets))
+
+            if offsets in sizes:
+                stored.append(UnparsedPart(info.relative_path, info.offset, offsets, sizes[offsets], part))
+            else:
+                stored.append(part())
+            if not _inside(offsets, stored[-1].shape, described.size):
                 raise CorruptStepError(files.path(METADATA_PATH), f"{name}: a chunk lies outside of it")
-            stored.append(_part(parts[key], info.relative_path, offsets))
-        dtypes = {parts[info.relative_path, info.offset].dtype for _, info in places[name]}
-        if dtypes != {described.properties.dtype}:
-            raise CorruptStepError(files.path(METADATA_PATH), f"{name}: dtype differs from its items")
         tensor = StoredTensor(described.properties.dtype, tuple(described.size), tuple(stored))
         if not distcp.tile(tensor.shape, [(part.offsets, part.shape) for part in tensor.parts]):
             raise CorruptStepError(files.path(METADATA_PATH), f"{name}: its chunks do not tile it")
@@ -210,6 +225,12 @@ def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
 
     named = {name: leaf(name, described) for name, described in metadata.state_dict_metadata.items()}
     return unflatten((_as_path(paths.get(name), name), value) for name, value in named.items())
+
+
+def _sizes_of(described: Any) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a tensor's chunks by their offsets; none if several (without elements) are at one place."""
+    sizes = {tuple(chunk.offsets): tuple(chunk.sizes) for chunk in described.chunks}
+    return sizes if len(sizes) == len(described.chunks) else {}
 
 
 def _inside(offsets: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
@@ -292,7 +313,7 @@ class _FileReads:
 
 def read_tensors(
     files: StepFiles,
-    reads: list[tuple[str, StoredTensor, torch.Tensor]],
+    reads: list[tuple[str, NeededTensor, torch.Tensor]],
     *,
     verify_only: bool = False,
     share: tuple[int, int] = (0, 1),
@@ -334,7 +355,7 @@ def read_tensors(
 
 
 def _targets(
-    stored: StoredTensor, block: Block, live: torch.Tensor
+    stored: NeededTensor, block: Block, live: torch.Tensor
 ) -> Iterator[tuple[StoredPart, torch.Tensor]]:
     """What is stored of the block that is here, and the memory it goes to."""
     for whole in stored.parts:

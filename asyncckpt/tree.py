@@ -18,6 +18,7 @@ import torch
 from . import devices
 from .errors import LeafError
 from .formats.refs import span_elements
+from .shards import Block, Blocks
 
 Path = tuple[str | int, ...]
 
@@ -226,11 +227,54 @@ class StoredPart(NamedTuple):
 
 
 @dataclass(frozen=True)
+class UnparsedPart:
+    """One of many stored blocks of a tensor. Only where it belongs is known: ranks parse what they need.
+
+    Attributes:
+        file: relative to the step directory.
+        item_offset: of the item that holds it, in the file.
+        offsets, shape: which part of the whole tensor this is, in elements.
+        parse: the part. Raises CorruptStepError if the item holds something else.
+    """
+
+    file: str
+    item_offset: int
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    parse: Callable[[], StoredPart] = field(compare=False, repr=False)
+
+    def meets(self, offsets: Sequence[int], shape: Sequence[int]) -> bool:
+        """Whether it has elements in a box of the whole tensor."""
+        return all(
+            max(a, b) < min(a + n, b + m)
+            for a, n, b, m in zip(self.offsets, self.shape, offsets, shape, strict=True)
+        )
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a checkpoint, not read yet."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+    parts: tuple[StoredPart | UnparsedPart, ...]
+
+    def needed(self, block: Block) -> NeededTensor:
+        """What of it has to be read for a block; parsed."""
+        return NeededTensor(
+            self.dtype,
+            tuple(
+                part if isinstance(part, StoredPart) else part.parse()
+                for part in self.parts
+                if isinstance(part, StoredPart) or part.meets(block.offsets, block.shape)
+            ),
+        )
+
+
+class NeededTensor(NamedTuple):
+    """The parts of a stored tensor that a block of it needs; there may be more."""
+
+    dtype: torch.dtype
     parts: tuple[StoredPart, ...]
 
 
@@ -252,13 +296,14 @@ class Matching:
         differences: leaves that both have but that do not fit.
     """
 
-    reads: list[tuple[str, StoredTensor, torch.Tensor]] = field(default_factory=list)
+    reads: list[tuple[str, NeededTensor, torch.Tensor]] = field(default_factory=list)
     afterwards: list[Callable[[], None]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     missing_sections: list[str] = field(default_factory=list)
     unexpected_sections: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
+    _blocks: Blocks = field(default_factory=lambda: Blocks(1))
 
     def into(self, name: str, stored: Any, live: torch.Tensor) -> None:
         """Plan to read `stored` into `live`, if it fits."""
@@ -276,7 +321,10 @@ class Matching:
                 f"{describe(stored.dtype, stored.shape)} in the checkpoint"
             )
         else:
-            self.reads.append((name, stored, live))
+            self._read(name, stored, live)
+
+    def _read(self, name: str, stored: StoredTensor, live: torch.Tensor) -> None:
+        self.reads.append((name, stored.needed(self._blocks.of(name, live)), live))
 
     def fresh(self, name: str, stored: Any, like: torch.Tensor | None = None) -> Any:
         """`stored` with new tensors in place of stored ones, to be filled by the reads.
@@ -294,7 +342,7 @@ class Matching:
         def make(value: Any) -> torch.Tensor:
             if value not in made:
                 made[value] = _allocate(value, like)
-                self.reads.append((name, value, made[value]))
+                self._read(name, value, made[value])
             return made[value]
 
         return rebuilt(stored, StoredTensor, make)
@@ -304,7 +352,7 @@ def _allocate(stored: StoredTensor, like: torch.Tensor | None) -> torch.Tensor:
     if like is not None and tuple(like.shape) == stored.shape:
         return torch.empty_like(like, dtype=stored.dtype, requires_grad=False)
     first = stored.parts[0] if len(stored.parts) == 1 else None
-    if first is not None and first.nbytes == _elements(stored.shape) * stored.dtype.itemsize:
+    if isinstance(first, StoredPart) and first.nbytes == _elements(stored.shape) * stored.dtype.itemsize:
         if like is not None:
             return like.new_empty_strided(stored.shape, first.stride, dtype=stored.dtype)
         return torch.empty_strided(stored.shape, first.stride, dtype=stored.dtype)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import pickle
 import re
 import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from asyncckpt import AsyncCheckpointer, _native, restore
-from asyncckpt.errors import CheckpointError, LeafError, OptionError
+from asyncckpt.errors import CheckpointError, CorruptStepError, LeafError, OptionError
 from tests.process_world import Talk, World, process_world
 
 RANKS = 4
@@ -591,3 +595,71 @@ def load_with_few_descriptors(talk: Talk, rank: int, root: Path) -> tuple[int, b
 def test_a_step_of_more_files_than_may_be_open(world: World, tmp_path: Path) -> None:
     world.run(6, save_steps, tmp_path, [1])
     assert world.run(1, load_with_few_descriptors, tmp_path) == [(1, True)]
+
+
+def count_reads(talk: Talk, rank: int, root: Path, pieces: int) -> int:
+    """How often a rank reads to parse a step of which it has `pieces` pieces."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    local = [torch.full((2, 8), float(rank)) for _ in range(pieces)]
+    extra = {
+        f"w{index}": DTensor.from_local(one, mesh, [Shard(0)], run_check=False)
+        for index, one in enumerate(local)
+    }
+    reads = 0
+    real = os.pread
+
+    def counted(*args: Any) -> bytes:
+        nonlocal reads
+        reads += 1
+        return real(*args)
+
+    with checkpointer_of(root, extra=extra) as checkpointer:
+        checkpointer.save(1).wait()
+        for one in local:
+            one.zero_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(restore.os, "pread", counted)
+            checkpointer.load(1)
+    assert all(bool((one == rank).all()) for one in local)
+    return reads
+
+
+def test_a_rank_parses_what_it_needs(world: World, tmp_path: Path) -> None:
+    few = world.run(2, count_reads, tmp_path / "2", 40)
+    many = world.run(RANKS, count_reads, tmp_path / "4", 40)
+    assert min(few) > 40
+    assert max(many) < 1.2 * max(few)
+
+
+@pytest.mark.parametrize("lie", ["shape", "dtype"])
+def test_what_is_parsed_late_is_what_was_described(world: World, tmp_path: Path, lie: str) -> None:
+    """The chunks tile the tensor and are as large as their items; but the items are something else."""
+    world.run(2, save_steps, tmp_path, [1])
+    step = tmp_path / "step-1"
+    described = pickle.loads((step / ".metadata").read_bytes())
+    weight = described.state_dict_metadata["model.weight"]
+    if lie == "shape":
+        weight.size = torch.Size((1024, 2050))
+        weight.chunks = [
+            ChunkStorageMetadata(torch.Size((0, at)), torch.Size((1024, 1025))) for at in (0, 1025)
+        ]
+        described.storage_data = {
+            replace(index, offset=torch.Size(reversed(index.offset)))
+            if index.fqn == "model.weight"
+            else index: at
+            for index, at in described.storage_data.items()
+        }
+    else:
+        weight.properties.dtype = torch.int32
+    (step / ".metadata").write_bytes(pickle.dumps(described))
+    for path in step.glob("asyncckpt_*"):  # as if another tool had written it: nothing tells what is damaged
+        path.unlink()
+    kind = torch.float32 if lie == "shape" else torch.int32
+    model = nn.Module()
+    model.register_buffer("weight", torch.zeros(weight.size, dtype=kind))
+    with (
+        checkpointer_of(tmp_path, model=model, read_only=True) as checkpointer,
+        pytest.raises(CorruptStepError, match=f"model.weight: {lie} differs from its item"),
+    ):
+        checkpointer.load(1)
+    assert not model.weight.any()
