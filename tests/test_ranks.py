@@ -298,7 +298,7 @@ def test_who_gave_a_conversation_up_meets_the_others_in_the_next(store: TCPStore
     futures = start(world, talk)
     assert futures[2].result(60) == {"step": 1}
     for rank in (0, 1, 3):
-        with pytest.raises(RankError, match=r"rank 2 took longer than 0.4 s to load"):
+        with pytest.raises(RankError, match="took longer than"):
             futures[rank].result(60)
 
     def again(ranks: Ranks) -> Any:

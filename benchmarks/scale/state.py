@@ -29,6 +29,7 @@ from asyncckpt.layouts.dcp import data_path
 from asyncckpt.plan import WritePlan
 from asyncckpt.planners.dcp import DcpPlanner
 from asyncckpt.shards import boxes, share
+from asyncckpt.tree import StateTree
 
 _ITEMSIZE = 4  # all is float32
 _CUT_NBYTES = 4096  # how far a share may begin before its even part
@@ -108,7 +109,7 @@ def standing_at(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def tree_of(gpt: Gpt, spread: Spread, rank: int) -> dict[str, Any]:
+def tree_of(gpt: Gpt, spread: Spread, rank: int) -> StateTree:
     """The tree that a save would capture there. Inside `standing_at`."""
     shard = rank % spread.shards
     grid = torch.arange(spread.world_size)
@@ -130,13 +131,16 @@ def tree_of(gpt: Gpt, spread: Spread, rank: int) -> dict[str, Any]:
         for name, shape in weights.items()
     }
     group = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
-    return {
+    tree: dict[str, Any] = {
         "model": {name: tensor(shape) for name, shape in weights.items()},
         "optimizer": {"state": state, "param_groups": [{**group, "params": list(weights)}]},
         "lr_scheduler": {"last_epoch": 1000, "base_lrs": [3e-4]},
         "rng": {"python": random.getstate(), "torch": torch.get_rng_state()},
         "step": 1000,
     }
+    found = StateTree(tree)
+    found.parameters = frozenset(weights)
+    return found
 
 
 def plan_at(gpt: Gpt, spread: Spread, rank: int) -> WritePlan:
