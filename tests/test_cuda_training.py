@@ -774,6 +774,7 @@ def test_an_interrupted_save_holds_what_is_being_copied(world: FakeCuda, tmp_pat
     job.step()
 
     def interrupt() -> None:
+        world.double.wait_copies_held()  # else nothing may be under way when the save is given up
         if not hangs:
             threading.Timer(0.1, world.double.release_copies).start()
         raise KeyboardInterrupt
