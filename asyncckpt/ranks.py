@@ -184,8 +184,9 @@ class Ranks:
     def begin(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Rank 0 makes something (JSON), all get it. `make` runs there alone.
 
-        The others believe a beginning only while they see rank 0 live on it: one that was left in the store
-        by a rank 0 that failed or died is nobody's.
+        The others believe a beginning only while they see rank 0 live on it, and only if they have not been
+        part of it before: one that was left in the store by a rank 0 that failed or died is nobody's, and one
+        that this rank has left already, before rank 0 did, is over.
 
         Raises:
             RankError: rank 0 failed, or does not answer; on rank 0 whatever `make` raises.
@@ -213,15 +214,18 @@ class Ranks:
     def _await_beginning(self, client: StoreClient, refused: str) -> dict[str, Any]:
         deadline = _Deadline(self._timeout_s, polling=self.world_size)
         seen: dict[str, bytes] = {}  # beats of rank 0, by incarnation
+        was = f"was/{self.rank}"
+        over = client.get(was).decode() if client.has(was) else ""
         while True:
             if client.has(refused):
                 raise RankError(f"rank 0 could not begin: {client.get(refused).decode()}")
             if client.has("begun"):
                 made: dict[str, Any] = json.loads(client.get("begun"))
                 key = f"{made['incarnation']}/beat/0"
-                if client.has(key):
+                if made["incarnation"] != over and client.has(key):
                     beat = client.get(key)
                     if seen.setdefault(key, beat) != beat:
+                        client.set(was, str(made["incarnation"]).encode())
                         return made
             if not deadline.pause():
                 raise RankError(

@@ -343,6 +343,19 @@ def test_a_beginning_that_a_dead_run_left_behind_is_nobodys(store: TCPStore) -> 
     assert found == [{"incarnation": "second"}] * WORLD
 
 
+def test_who_begins_again_before_rank_0_has_left_waits_for_the_new_run(store: TCPStore) -> None:
+    first = make(store)  # its rank 0 lives on
+    again = [Ranks(store, rank, WORLD, "test", 30, 30) for rank in range(WORLD)]
+    made_here.extend(again)
+    early = start(again[1:], lambda ranks: ranks.begin(dict))
+    threading.Event().wait(SOON_S)  # many signs of life of the old run
+    assert not any(future.done() for future in early)
+    first[0]._said = 0
+    first[0].close()
+    again[0].begin(lambda: {"incarnation": "second"})
+    assert [future.result(60) for future in early] == [{"incarnation": "second"}] * 3
+
+
 def test_all_join_or_none(store: TCPStore) -> None:
     world = make(store)
     for ranks, future in zip(
