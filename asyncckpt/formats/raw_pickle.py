@@ -1,7 +1,7 @@
 """Pickles written opcode by opcode: what is said a million times is made of parts that are written once.
 
 `pickle.dumps` needs every object to exist, all at the same time, and looks at each with care; a `.metadata`
-of two million pieces took 26 s and two gigabytes. Here an object of a known kind is a template and values.
+of 1.5 million pieces took 26 s and two gigabytes. Here an object of a known kind is a template and values.
 
 Parts that are used again are put into the memo in front of the pickle and dropped from the stack at once, so
 that they are on hand whatever comes first. Opcodes: pickletools.py of CPython.

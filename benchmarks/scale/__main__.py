@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from multiprocessing import forkserver
 from typing import Any
 
 from asyncckpt import ranks, store
@@ -28,19 +29,22 @@ class Size:
     """How much is measured.
 
     Attributes:
+        votes: the world sizes in which ranks vote.
         clients: ranks besides rank 0 that are real clients of the store, at most.
     """
 
     gpt: Gpt
     world_sizes: tuple[int, ...]
+    votes: tuple[int, ...]
     clients: int
     processes: int
     later_saves: int
     probe_s: float
 
 
-FULL_SIZE = Size(XL, (8, 64, 1024, 16_384), clients=256, processes=4, later_saves=10, probe_s=2.0)
-TINY_SIZE = Size(TINY, (4, 8), clients=5, processes=2, later_saves=2, probe_s=0.05)
+_MANY = (8, 64, 1024, 16_384)
+FULL_SIZE = Size(XL, _MANY, _MANY, clients=256, processes=4, later_saves=10, probe_s=2.0)
+TINY_SIZE = Size(TINY, (4, 8), (8,), clients=5, processes=2, later_saves=1, probe_s=0.05)
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -48,6 +52,7 @@ def run(options: Options) -> dict[str, Any]:
     size = TINY_SIZE if options.tiny else FULL_SIZE
     about = machine.describe(options.out if options.out.exists() else machine.ROOT)
     began_s = time.monotonic()
+    forkserver.ensure_running()  # it imports torch, which takes seconds, while this process plans
     document: dict[str, Any] = {
         "tiny": options.tiny,
         "machine": about,
@@ -74,8 +79,9 @@ def run(options: Options) -> dict[str, Any]:
             _say(began_s, f"plans of {world_size} ranks, {name}")
             document["plans"].append(where | plans.plan_times(size.gpt, spread, options.rounds))
             _say(began_s, f"layouts of {world_size} ranks, {name}")
-            document["merges"].append(where | merge.measured_apart(size.gpt, spread))
-    for world_size in size.world_sizes:
+            measured = merge.measure if options.tiny else merge.measured_apart
+            document["merges"].append(where | measured(size.gpt, spread))
+    for world_size in size.votes:
         _say(began_s, f"votes of {world_size} ranks")
         document["votes"].append(_votes(size, spreads(world_size)[VOTED]))
     document["took_s"] = time.monotonic() - began_s
