@@ -189,9 +189,5 @@ def _batches(keys: Sequence[str], size: int) -> Iterator[list[str]]:
 def _own_client(store: Any) -> Any:
     try:
         return store.clone()
-    except (
-        AttributeError,
-        NotImplementedError,
-        RuntimeError,
-    ):  # before torch 2.7, or a store of another kind
+    except (AttributeError, NotImplementedError, RuntimeError):  # an older torch, or a store of another kind
         return store
