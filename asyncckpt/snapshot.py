@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ class Snapshot:
         self._held: Any = planned
         self._guard = guard
         self._checksums = checksums
+        self._letting_go = threading.RLock()  # not Lock: what dies with a tensor may run anything
 
     @property
     def plan(self) -> WritePlan:
@@ -154,9 +156,11 @@ class Snapshot:
         return self._job.wait_released(timeout_s)
 
     def let_go(self) -> None:
-        """Stop holding training's memory, once released and decided."""
-        self._guard.release()
-        self._held = None
+        """Stop holding training's memory, once released and decided. On return nothing here holds it, also
+        if another thread was at it first: who fences frees memory next, and counts on getting it back."""
+        with self._letting_go:
+            self._guard.release()
+            self._held = None
 
     def give_up(self, timeout_s: float) -> None:
         """Abort, and give the engine so long to let go of training's memory. If it cannot, because a device

@@ -782,3 +782,31 @@ def test_waiting_for_room_shows_in_blocked_s(tmp_path: Path) -> None:
         second.wait()
         assert isinstance(first.error, SaveError)
         assert checkpointer.steps() == [2]
+
+
+def test_who_fences_gets_memory_back_also_if_the_committer_was_letting_go(tmp_path: Path) -> None:
+    """Both let go, whoever sees the release first; neither may return while the other is still at it."""
+    order: list[str] = []
+    dying, go = threading.Event(), threading.Event()
+
+    class Memory:
+        def __del__(self) -> None:
+            dying.set()
+            go.wait(30)
+            order.append("freed")
+
+    with AsyncCheckpointer(tmp_path, model=nn.Linear(8, 8), host_memory=PLENTY) as checkpointer:
+        with copying_held():
+            snapshot = checkpointer.save(1)._save.begun()[0]
+        assert snapshot.wait_released(30)
+        snapshot._held = Memory()
+        committer = threading.Thread(target=snapshot.let_go)
+        committer.start()
+        assert dying.wait(30)
+        fencing = threading.Thread(target=lambda: (snapshot.let_go(), order.append("fenced")))
+        fencing.start()
+        fencing.join(0.1)  # without the lock, long enough
+        go.set()
+        fencing.join()
+        committer.join()
+    assert order == ["freed", "fenced"]
