@@ -22,7 +22,13 @@ class Image:
     def nbytes(self) -> int: ...
 
 def make_image(
-    path: str, nbytes: int, literals: bytes, extents: _Int64, fixups: _Int64, records: int
+    path: str,
+    nbytes: int,
+    literals: bytes,
+    extents: _Int64,
+    fixups: _Int64,
+    records: int,
+    partial: bool = False,
 ) -> Image:
     """Raises ValueError naming what breaks an image's guarantees."""
 
@@ -51,6 +57,9 @@ class Job:
         """Seconds from submission to enqueued, released, written, finished (negative: not yet); starved."""
 
     def block_crcs(self, file: int, /) -> list[int]: ...
+    def runs(self, file: int, /) -> list[tuple[int, int, int]]:
+        """Offset in the file, nbytes and CRC-32 of what was written, in file order: of a whole file, blocks."""
+
     def record_crcs(self, file: int, /) -> list[int]: ...
 
 class Engine:

@@ -6,6 +6,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -56,12 +57,13 @@ bool wait_interruptibly(double timeout_s, Wait&& wait) {
 }
 
 Image make_image(const std::string& path, uint64_t nbytes, nb::bytes literals, Int64Table extents,
-                 Int64Table fixups, uint32_t records) {
+                 Int64Table fixups, uint32_t records, bool partial) {
   if (extents.shape(1) != 5 || fixups.shape(1) != 2)
     throw nb::value_error("extents must be [n, 5] and fixups [m, 2]");
   auto image = std::make_shared<FileImage>();
   image->path = path;
   image->nbytes = nbytes;
+  image->partial = partial;
   image->literals.assign(literals.c_str(), literals.size());
   image->records = records;
   image->extents.reserve(extents.shape(0));
@@ -191,7 +193,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("path", [](const Image& image) { return image.image->path; })
       .def_prop_ro("nbytes", [](const Image& image) { return image.image->nbytes; });
   m.def("make_image", &make_image, "path"_a, "nbytes"_a, "literals"_a, "extents"_a, "fixups"_a,
-        "records"_a);
+        "records"_a, "partial"_a = false);
 
   nb::class_<Job>(m, "Job")
       .def(
@@ -229,7 +231,18 @@ NB_MODULE(_native, m) {
            [](Job& job, size_t file) {
              if (file >= job.files()) throw nb::index_error();
              if (!job.finished()) throw std::runtime_error("the job has not finished");
-             return job.block_crcs(file);
+             std::vector<uint32_t> crcs;
+             for (const Job::Run& run : job.runs(file)) crcs.push_back(run.crc);
+             return crcs;
+           })
+      .def("runs",
+           [](Job& job, size_t file) {
+             if (file >= job.files()) throw nb::index_error();
+             if (!job.finished()) throw std::runtime_error("the job has not finished");
+             std::vector<std::tuple<uint64_t, uint64_t, uint32_t>> runs;
+             for (const Job::Run& run : job.runs(file))
+               runs.emplace_back(run.offset, run.nbytes, run.crc);
+             return runs;
            })
       .def("record_crcs", [](Job& job, size_t file) {
         if (file >= job.files()) throw nb::index_error();

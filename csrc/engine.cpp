@@ -43,8 +43,18 @@ Job::Job(Engine* engine, std::string directory,
   for (auto& image : images) {
     auto file = std::make_unique<FileState>();
     file->path = directory + "/" + image->path;
-    file->chunks = std::max<uint64_t>(1, (image->nbytes + chunk_nbytes - 1) / chunk_nbytes);
-    file->block_crcs.reserve(file->chunks);
+    if (image->partial) {
+      for (const Extent& extent : image->extents) {
+        const uint64_t last = (extent.offset + extent.nbytes - 1) / chunk_nbytes;
+        uint64_t chunk = extent.offset / chunk_nbytes;
+        if (!file->of_partial.empty()) chunk = std::max(chunk, file->of_partial.back() + 1);
+        for (; chunk <= last; ++chunk) file->of_partial.push_back(chunk);
+      }
+      file->chunks = file->of_partial.size();
+    } else {
+      file->chunks = std::max<uint64_t>(1, (image->nbytes + chunk_nbytes - 1) / chunk_nbytes);
+    }
+    file->runs.reserve(file->chunks);
     file->record_crcs.assign(image->records, 0);
     file->image = std::move(image);
     files_.push_back(std::move(file));
@@ -412,9 +422,11 @@ void Engine::copy_loop() {
     Job::FileState& file = *job->files_[job->claiming_file_];
     auto chunk = std::make_unique<Job::Chunk>();
     chunk->file = job->claiming_file_;
-    chunk->index = file.claimed++;
-    chunk->nbytes = static_cast<size_t>(std::min<uint64_t>(
-        arena_.chunk_nbytes(), file.image->nbytes - chunk->index * arena_.chunk_nbytes()));
+    chunk->number = file.claimed++;
+    chunk->offset = arena_.chunk_nbytes() *
+                    (file.image->partial ? file.of_partial[chunk->number] : chunk->number);
+    chunk->nbytes = static_cast<size_t>(
+        std::min<uint64_t>(arena_.chunk_nbytes(), file.image->nbytes - chunk->offset));
     chunk->buffer = buffer;
     ++job->outstanding_chunks_;
     ++job->enqueuing_;
@@ -471,7 +483,7 @@ size_t Engine::take_buffer(const Job& job) {
 void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling) {
   const FileImage& image = *job.files_[chunk.file]->image;
   char* const buffer = arena_.chunk(chunk.buffer);
-  const uint64_t begin = chunk.index * arena_.chunk_nbytes();
+  const uint64_t begin = chunk.offset;
   const uint64_t end = begin + chunk.nbytes;
   for (const Job::DeviceUse& use : job.devices_) filling.from.push_back({use.device, {}});
   auto extent = std::upper_bound(
@@ -573,9 +585,8 @@ void Engine::complete_loop() {
     lock.lock();
     if (failure) {
       const std::string& path = task.job->files_[task.chunk->file]->path;
-      const uint64_t offset = task.chunk->index * arena_.chunk_nbytes();
-      fail(*task.job,
-           {failure.operation, path, static_cast<int64_t>(offset), -1, 0, failure.reason});
+      fail(*task.job, {failure.operation, path, static_cast<int64_t>(task.chunk->offset), -1, 0,
+                       failure.reason});
     }
     filled(task.job, std::move(task.chunk));
   }
@@ -621,7 +632,7 @@ void Engine::checksum(Task task, std::unique_lock<std::mutex>& lock) {
   auto& unsealed = job->files_[file_index]->unsealed;
   const auto later = std::find_if(
       unsealed.begin(), unsealed.end(),
-      [&](const std::unique_ptr<Job::Chunk>& other) { return other->index > chunk->index; });
+      [&](const std::unique_ptr<Job::Chunk>& other) { return other->number > chunk->number; });
   unsealed.insert(later, std::move(chunk));
   seal_ready(job, file_index, lock);
 }
@@ -631,7 +642,7 @@ void Engine::seal_ready(const JobPtr& job, size_t file_index, std::unique_lock<s
   Job::FileState& file = *job->files_[file_index];
   if (file.sealing) return;  // that thread looks again before it leaves
   file.sealing = true;
-  while (!job->failed_ && !file.unsealed.empty() && file.unsealed.front()->index == file.sealed) {
+  while (!job->failed_ && !file.unsealed.empty() && file.unsealed.front()->number == file.sealed) {
     auto chunk = std::move(file.unsealed.front());
     file.unsealed.pop_front();
     lock.unlock();
@@ -654,14 +665,18 @@ void Engine::seal_ready(const JobPtr& job, size_t file_index, std::unique_lock<s
 void Engine::seal(Job::FileState& file, Job::Chunk& chunk) {
   const FileImage& image = *file.image;
   char* const buffer = arena_.chunk(chunk.buffer);
-  const uint64_t begin = chunk.index * arena_.chunk_nbytes();
+  const uint64_t begin = chunk.offset;
   const uint64_t end = begin + chunk.nbytes;
   auto fixup =
       std::upper_bound(image.fixups.begin(), image.fixups.end(), begin,
                        [](uint64_t offset, const Fixup& f) { return offset < f.offset + 4; });
-  uint32_t block_crc = 0;
   for (Job::Piece& piece : chunk.pieces) {
-    const uint64_t piece_end = begin + piece.offset_in_chunk + piece.nbytes;
+    const uint64_t piece_begin = begin + piece.offset_in_chunk;
+    const uint64_t piece_end = piece_begin + piece.nbytes;
+    if (chunk.runs.empty() || chunk.runs.back().offset + chunk.runs.back().nbytes != piece_begin)
+      chunk.runs.push_back({piece_begin, 0, 0});
+    Job::Run& run = chunk.runs.back();
+    run.nbytes += piece.nbytes;
     if (piece.record == kNoRecord) {
       // Patch before checksumming. A fix-up may begin in the chunk before or end in the next one.
       for (; fixup != image.fixups.end() && fixup->offset < piece_end; ++fixup) {
@@ -673,14 +688,14 @@ void Engine::seal(Job::FileState& file, Job::Chunk& chunk) {
         }
         if (fixup->offset + 4 > end) break;  // its rest is the next chunk's
       }
-      block_crc = crc32(block_crc, buffer + piece.offset_in_chunk, piece.nbytes);
+      run.crc = crc32(run.crc, buffer + piece.offset_in_chunk, piece.nbytes);
     } else {
       uint32_t& record_crc = file.record_crcs[static_cast<size_t>(piece.record)];
       record_crc = crc32_combine(record_crc, piece.crc, piece.nbytes);
-      block_crc = crc32_combine(block_crc, piece.crc, piece.nbytes);
+      run.crc = crc32_combine(run.crc, piece.crc, piece.nbytes);
     }
   }
-  if (chunk.nbytes > 0) file.block_crcs.push_back(block_crc);
+  file.runs.insert(file.runs.end(), chunk.runs.begin(), chunk.runs.end());
   const size_t padded_nbytes = round_up(chunk.nbytes, kDirectAlignment);
   std::memset(buffer + chunk.nbytes, 0, padded_nbytes - chunk.nbytes);
 }
@@ -735,7 +750,7 @@ void Engine::write_out(Task task, std::unique_lock<std::mutex>& lock) {
   job->times_.written_s = now_s() - job->submitted_s_;
   lock.unlock();
   const bool was_direct = file.file.direct();
-  if (file.image->nbytes % kDirectAlignment != 0) {
+  if (file.image->nbytes % kDirectAlignment != 0 && !file.image->partial) {
     operation = "ftruncate";
     error_number = file.file.truncate(file.image->nbytes);
   }
@@ -757,8 +772,8 @@ int Engine::write(Job& job, Job::Chunk& chunk, std::string* operation, uint64_t*
     std::lock_guard<std::mutex> lock(file.opening);
     if (!file.was_opened) {
       file.was_opened = true;
-      file.open_error =
-          file.file.create(file.path, file.image->nbytes, direct_, &file.open_operation);
+      file.open_error = file.file.create(file.path, file.image->nbytes, file.image->partial,
+                                         direct_, &file.open_operation);
     }
     if (file.open_error != 0) {  // no second try: the job is failing already
       *operation = file.open_operation;
@@ -766,13 +781,15 @@ int Engine::write(Job& job, Job::Chunk& chunk, std::string* operation, uint64_t*
     }
   }
   *operation = "pwrite";
-  *offset = chunk.index * arena_.chunk_nbytes();
-  size_t done = 0;
-  const int error_number =
-      file.file.write(arena_.chunk(chunk.buffer), chunk.nbytes,
-                      round_up(chunk.nbytes, kDirectAlignment), *offset, &done);
-  *offset += done;
-  return error_number;
+  for (const Job::Run& run : chunk.runs) {
+    size_t done = 0;
+    const int error_number =
+        file.file.write(arena_.chunk(chunk.buffer) + (run.offset - chunk.offset), run.nbytes,
+                        round_up(run.nbytes, kDirectAlignment), run.offset, &done);
+    *offset = run.offset + done;
+    if (error_number != 0) return error_number;
+  }
+  return 0;
 }
 
 }  // namespace asyncckpt

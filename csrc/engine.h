@@ -1,7 +1,8 @@
 // The writing engine: jobs of file images, streamed through a bounded ring of chunks to disk.
 //
 // Guarantees
-//   - A chunk is the bytes of the file at its own offset; its CRC-32 is that of the bytes written.
+//   - A chunk is the bytes of the file at its own offset; its CRC-32 is that of the bytes written. Where
+//     others write to the same file, what lies between this job's bytes is left to them.
 //   - Chunks are granted first-come by job: a later job gets none until an earlier one has claimed
 //     all of its own, so two jobs in flight cannot starve each other.
 //   - `enqueued` comes when every source in host memory was read, and the copies of all others are on
@@ -101,8 +102,15 @@ class Job {
   JobTimes times();
   bool direct();  // whether every file was written with O_DIRECT
 
+  // A run of bytes that was written, from one chunk. Chunks of a whole file have one each.
+  struct Run {
+    uint64_t offset;  // in the file
+    uint64_t nbytes;
+    uint32_t crc;
+  };
+
   // Valid once finished without error.
-  const std::vector<uint32_t>& block_crcs(size_t file) const { return files_[file]->block_crcs; }
+  const std::vector<Run>& runs(size_t file) const { return files_[file]->runs; }
   const std::vector<uint32_t>& record_crcs(size_t file) const { return files_[file]->record_crcs; }
   size_t files() const { return files_.size(); }
   const FileImage& image(size_t file) const { return *files_[file]->image; }
@@ -119,10 +127,12 @@ class Job {
   };
   struct Chunk {
     size_t file;
-    uint64_t index;  // in the file
-    size_t buffer;   // in the arena
+    uint64_t number;  // of those that the image has bytes in
+    uint64_t offset;  // in the file
+    size_t buffer;    // in the arena
     size_t nbytes;
     std::vector<Piece> pieces;
+    std::vector<Run> runs;                                 // once sealed
     std::vector<std::pair<Device*, cuda::Event>> copying;  // until these have happened
     bool in_doubt = false;  // copies may be under way whose end nothing tells
   };
@@ -139,13 +149,14 @@ class Job {
     bool was_opened = false;
     int open_error = 0;
     const char* open_operation = "";
-    uint64_t chunks = 0;  // a file of no bytes still has one chunk, of no bytes
+    uint64_t chunks = 0;               // a file of no bytes still has one chunk, of no bytes
+    std::vector<uint64_t> of_partial;  // of a partial image: where its chunks are, in chunks
     uint64_t claimed = 0;
     uint64_t sealed = 0;
     uint64_t written = 0;
     bool sealing = false;                         // one thread at a time seals a file
     std::deque<std::unique_ptr<Chunk>> unsealed;  // checksummed, waiting for an earlier one; sorted
-    std::vector<uint32_t> block_crcs;
+    std::vector<Run> runs;
     std::vector<uint32_t> record_crcs;
   };
 

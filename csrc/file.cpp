@@ -21,7 +21,7 @@ int open_file(const std::string& path, int flags, bool* direct, int* fd) {
     if (errno == EINTR) continue;
     if (errno == EINVAL && *direct) {
       // An O_CREAT | O_EXCL open that fails this way may have left the empty file behind.
-      if (flags & O_CREAT) ::unlink(path.c_str());
+      if (flags & O_EXCL) ::unlink(path.c_str());
       *direct = false;
       continue;
     }
@@ -33,9 +33,10 @@ bool aligned(uint64_t value) { return value % kDirectAlignment == 0; }
 
 }  // namespace
 
-int File::create(const std::string& path, uint64_t nbytes, bool direct, const char** operation) {
+int File::create(const std::string& path, uint64_t nbytes, bool shared, bool direct,
+                 const char** operation) {
   *operation = "open";
-  int error_number = open_file(path, O_WRONLY | O_CREAT | O_EXCL, &direct, &fd_);
+  int error_number = open_file(path, O_WRONLY | O_CREAT | (shared ? 0 : O_EXCL), &direct, &fd_);
   if (error_number != 0) return error_number;
   direct_ = direct;
   *operation = "fallocate";

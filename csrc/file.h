@@ -27,10 +27,12 @@ class File {
   File(const File&) = delete;
   File& operator=(const File&) = delete;
 
-  // A new file; one that exists is an error (EEXIST). Reserves `nbytes` on disk where the file
-  // system can, so that a full disk is found before anything is copied.
+  // A new file; one that exists is an error (EEXIST), unless it is `shared`: then whoever comes first
+  // makes it. Reserves `nbytes` on disk where the file system can, so that a full disk is found before
+  // anything is copied.
   // `operation` says what failed. After a failure the file is closed, and may be left behind, empty.
-  int create(const std::string& path, uint64_t nbytes, bool direct, const char** operation);
+  int create(const std::string& path, uint64_t nbytes, bool shared, bool direct,
+             const char** operation);
   int open(const std::string& path, bool direct);
   void close();
 

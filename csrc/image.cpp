@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "file.h"
+
 namespace asyncckpt {
 
 std::string FileImage::problem() const {
@@ -9,9 +11,11 @@ std::string FileImage::problem() const {
   std::vector<uint64_t> record_end(records, 0);
   for (const Extent& extent : extents) {
     const std::string where = path + ", extent at offset " + std::to_string(extent.offset);
-    if (extent.offset != end || extent.nbytes == 0)
+    const bool leaps = partial && extent.offset > end && end % kDirectAlignment == 0 &&
+                       extent.offset % kDirectAlignment == 0;
+    if ((extent.offset != end && !leaps) || extent.nbytes == 0)
       return where + ": does not continue at " + std::to_string(end);
-    end += extent.nbytes;
+    end = extent.offset + extent.nbytes;
     if (extent.source == kLiteral) {
       if (extent.record != kNoRecord) return where + ": a literal belongs to no record";
       if (extent.source_offset > literals.size() ||
@@ -24,7 +28,8 @@ std::string FileImage::problem() const {
       record_end[static_cast<size_t>(extent.record)] = end;
     }
   }
-  if (end != nbytes) return path + ": extents end at " + std::to_string(end);
+  if (partial ? end > nbytes || end % kDirectAlignment != 0 : end != nbytes)
+    return path + ": extents end at " + std::to_string(end);
   uint64_t last = 0;
   for (const Fixup& fixup : fixups) {
     const std::string where = path + ", fix-up at offset " + std::to_string(fixup.offset);

@@ -24,15 +24,16 @@ struct Fixup {
 };
 
 struct FileImage {
-  std::string path;  // relative to the job's directory
-  uint64_t nbytes = 0;
+  std::string path;      // relative to the job's directory
+  uint64_t nbytes = 0;   // of the file
+  bool partial = false;  // others write to the same file, at the same time
   std::string literals;
   std::vector<Extent> extents;
   std::vector<Fixup> fixups;
   uint32_t records = 0;
 
-  // Empty when the image keeps its guarantees (extents tile the file, fix-ups lie in literals and
-  // after their record); else what is wrong.
+  // Empty when the image keeps its guarantees (extents tile the file, or, of a partial one, whole
+  // blocks of it; fix-ups lie in literals and after their record); else what is wrong.
   std::string problem() const;
 };
 

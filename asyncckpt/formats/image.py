@@ -36,6 +36,8 @@ class FileImage:
             record (or NO_RECORD).
         fixups: int64 [m, 2]: offset in file, record.
         records: number of records; they are numbered from 0 in file order.
+        partial: others write to the same file. Then extents need not tile it: what they cover are whole
+            blocks of 4096 bytes.
     """
 
     path: str
@@ -44,6 +46,7 @@ class FileImage:
     extents: Int64Array
     fixups: Int64Array
     records: int
+    partial: bool = False
 
     def render(self, sources: Sequence[bytes]) -> bytes:
         """The file's bytes, given the bytes of each source: the reference that the engine must equal."""
