@@ -58,7 +58,7 @@ class Job:
 
     def block_crcs(self, file: int, /) -> list[int]: ...
     def runs(self, file: int, /) -> list[tuple[int, int, int]]:
-        """Offset in the file, nbytes and CRC-32 of what was written, in file order: of a whole file, blocks."""
+        """Offset, nbytes and CRC-32 of what was written, in file order: of a whole file, its blocks."""
 
     def record_crcs(self, file: int, /) -> list[int]: ...
 
