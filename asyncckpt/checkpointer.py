@@ -45,6 +45,7 @@ from .filesystem import Filesystem
 from .formats.manifest import checked_metadata
 from .inflight import ABORT_S, Deadline, PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
+from .layouts.megatron import ModelRank
 from .lease import RootLease, owner_of
 from .loader import Loader, Resume
 from .packing import Packer
@@ -102,6 +103,7 @@ class AsyncCheckpointer:
             if its process group was initialised; world_size=1 makes this rank save by itself. Every rank
             constructs its checkpointer, and calls save() and load() in the same order, with the same steps.
         rank_timeout_s: a rank that shows no sign of life for so long is taken for dead.
+        model_rank: which part of the model this rank has, in layout "megatron" where there are several.
         on_phase: called with (step, phase) as each phase is reached, on whatever thread reaches it.
 
     One thread trains: it calls save(), fence(), load() and steps the optimizers. Everything that changes
@@ -141,6 +143,7 @@ class AsyncCheckpointer:
         rank: int | None = None,
         world_size: int | None = None,
         rank_timeout_s: float = 60.0,
+        model_rank: ModelRank | None = None,
         on_phase: PhaseObserver | None = None,
     ) -> None:
         options.check_choice("on_error", on_error, ("raise", "warn"))
@@ -187,7 +190,7 @@ class AsyncCheckpointer:
             undo.callback(self._ranks.close)
             if not self._ranks.alone and when_busy == "skip":
                 raise OptionError('when_busy: several ranks would not skip the same saves; use "wait"')
-            planner = planner_for(layout, self._ranks.rank, self._ranks.world_size)
+            planner = planner_for(layout, self._ranks.rank, self._ranks.world_size, model_rank)
 
             def begin() -> dict[str, Any]:  # on the first rank alone
                 incarnation = new_incarnation()
@@ -204,7 +207,7 @@ class AsyncCheckpointer:
             if not self._ranks.alone:
                 self._join(path, read_only)
             self._root = CheckpointRoot(path, layout_named(layout), fs)
-            self._loader = Loader(self._root, self._state, self._ranks)
+            self._loader = Loader(self._root, self._state, self._ranks, model_rank)
             if read_only:
                 undo.pop_all()
                 return

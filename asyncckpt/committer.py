@@ -1,7 +1,7 @@
 """The thread that turns written snapshots into visible steps, one at a time, in order; and the
 heartbeat of the lease beside it, which nothing holds up.
 
-    written and fenced -> fragment -> ballot                    every rank
+    written and fenced -> shared files closed -> fragment -> ballot    every rank
     all ballots -> .metadata, manifest -> lease still ours -> rename -> tracker -> retention    rank 0
     outcome                                                     every rank
 
@@ -19,6 +19,7 @@ import queue
 import threading
 from collections.abc import Callable
 
+from . import closing
 from .commit import Attempt, CheckpointRoot
 from .errors import CheckpointError, RankError, RootError, SaveError
 from .formats.distcp import merged_metadata
@@ -27,7 +28,7 @@ from .inflight import ABORT_S, Save
 from .layouts.dcp import METADATA_PATH
 from .lease import RootLease
 from .ranks import Ballot, Outcome, Ranks, digest
-from .snapshot import Snapshot
+from .snapshot import CHUNK_NBYTES, Snapshot, crc32_combine
 
 _log = logging.getLogger(__name__)
 
@@ -120,14 +121,14 @@ class Committer:
     def _commit(self, save: Save) -> None:
         if self._ranks.is_first:
             try:
-                files = self._written(save)
+                files = self._closed(save, self._written(save))
             except BaseException as error:
                 self._give_up(save, error)
                 raise
             self._publish(save, files)
             return
         try:
-            ballot = self._part(save, self._written(save))
+            ballot = self._part(save, self._closed(save, self._written(save)))
         except BaseException as error:
             # Rank 0 removes what has failed for another rank, also what is being written here.
             ended = self._ranks.ended_early(save.call)
@@ -153,6 +154,32 @@ class Committer:
             raise save.error
         save.mark("checked")
         return snapshot.files()
+
+    def _closed(self, save: Save, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        """With the files that ranks write together and this one closes, once all wrote their parts."""
+        snapshot, attempt = save.begun()
+        parts = snapshot.plan.shared
+        if not parts:
+            return files
+        handed = {part.path: snapshot.handed(part) for part in parts}
+        written = [part for part in parts if part.inside is not None or part.edges is not None]
+        for closer in sorted({part.closer for part in written}):
+            own = {part.path: handed[part.path] for part in written if part.closer == closer}
+            self._ranks.hand_over(save.call, closer, closing.to_bytes(own))
+        ours = [part for part in parts if part.closer == self._ranks.rank]
+        contributors = sorted({rank for part in ours for rank in part.contributors()})
+        others = {
+            rank: closing.from_bytes(data)
+            for rank, data in self._ranks.take_over(save.call, contributors).items()
+        }
+        for part in ours:
+            of_all = {rank: said[part.path] for rank, said in others.items() if part.path in said}
+            of_all[self._ranks.rank] = handed[part.path]
+            entry = closing.close_file(self._root.fs, attempt, part, of_all, CHUNK_NBYTES, crc32_combine)
+            files = (*files, entry)
+        if ours:
+            save.mark("closed")
+        return files
 
     def _await_release(self, save: Save, snapshot: Snapshot) -> None:
         while not snapshot.wait_released(_LOOK_S):
@@ -236,6 +263,8 @@ class Committer:
         ballots = self._ranks.collect(save.call, own)
         save.mark("voted")
         self._warn_of_differences(save, ballots)
+        if not save.begun()[0].plan.layout:  # files that describe themselves
+            return self._gathered(attempt, files, ballots)
         made_of = [(ballot.tree, ballot.layout) for ballot in ballots]
         if made_of != self._metadata[0]:
             plan = save.begun()[0].plan
@@ -243,7 +272,12 @@ class Committer:
             self._metadata = (made_of, merged_metadata(layouts))
         block_nbytes = files[0].block_nbytes
         entry = self._root.write_metadata(attempt, METADATA_PATH, self._metadata[1], block_nbytes)
-        fragments = [self._root.write_fragment(attempt, 0, (*files, entry))]
+        return self._gathered(attempt, (*files, entry), ballots)
+
+    def _gathered(
+        self, attempt: Attempt, files: tuple[FileEntry, ...], ballots: list[Ballot]
+    ) -> list[FragmentRef]:
+        fragments = [self._root.write_fragment(attempt, 0, files)]
         for ballot in ballots[1:]:
             if ballot.fragment is None:
                 raise RankError(f"rank {ballot.rank} voted for a part that it did not name")
@@ -275,7 +309,8 @@ class Committer:
         fragment = self._root.write_fragment(attempt, self._ranks.rank, files)
         self._root.settle_part(attempt)
         ballot = self._ballot(save, fragment)
-        self._ranks.say_layout(ballot, snapshot.plan.tree, snapshot.plan.layout)
+        if snapshot.plan.layout:
+            self._ranks.say_layout(ballot, snapshot.plan.tree, snapshot.plan.layout)
         return ballot
 
     def _take_part(self, save: Save, ballot: Ballot) -> None:

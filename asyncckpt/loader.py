@@ -31,6 +31,7 @@ from .errors import (
     StepNotFoundError,
 )
 from .formats.manifest import FileEntry
+from .layouts.megatron import ModelRank
 from .ranks import Ranks
 from .state import TrainingState
 from .steps import StepEntry
@@ -83,7 +84,10 @@ class Loader:
         must_load: why the live state is not to be trusted until a load succeeds; None if it is.
     """
 
-    def __init__(self, root: CheckpointRoot, state: TrainingState, ranks: Ranks) -> None:
+    def __init__(
+        self, root: CheckpointRoot, state: TrainingState, ranks: Ranks, model_rank: ModelRank | None = None
+    ) -> None:
+        self._model_rank = model_rank
         self._root = root
         self._state = state
         self._ranks = ranks
@@ -226,12 +230,24 @@ class Loader:
             raise CorruptStepError(str(self._root.path), f"on rank {rank}: {text}") from failure
         raise RankError(f"rank {rank} could not load: {text}") from failure
 
+    def _check_world(self, entry: StepEntry) -> None:
+        """A tree with a part per model-parallel rank is loaded by as many ranks as saved it."""
+        if self._model_rank is None or entry.manifest is None:
+            return
+        saved, here = entry.manifest.world_size, self._ranks.world_size
+        if saved != here:
+            raise LoadError(
+                f"{entry.path} was saved by {saved} ranks and is loaded by {here}: layout "
+                f"{self._root.layout.name!r} is not resharded. A checkpoint in the dcp layout can be"
+            )
+
     def _listed(self, entry: StepEntry) -> dict[str, FileEntry] | None:
         """What the files of a step must be; None where nobody says."""
         if entry.too_new:
             raise LoadError(f"{entry.problem}")
         if entry.problem is not None:
             raise CorruptStepError(str(entry.path), entry.problem)
+        self._check_world(entry)
         if entry.foreign:
             return None
         fragments = self._root.read_fragments(entry)
@@ -253,7 +269,13 @@ class Loader:
     ) -> Matching:
         """What goes where; nothing is changed yet."""
         try:
-            tree = restore.read_tree(files, self._root.layout.name, trusted=trusted)
+            tree = restore.read_tree(
+                files,
+                self._root.layout.name,
+                trusted=trusted,
+                model_rank=self._model_rank,
+                shared=self._state.shared_paths(),
+            )
             if entry.manifest is not None and entry.manifest.world_size == self._ranks.world_size > 1:
                 tree.update(restore.read_own(files, self._ranks.rank, trusted=trusted))
             tree = {name: branch for name, branch in tree.items() if name not in left}

@@ -280,6 +280,65 @@ class Ranks:
                 self._hear()  # whatever the others make of it
             self._client.add(f"{self._run}/{save}/voted", 1)  # last: when all have voted, all is there
 
+    def hand_over(self, save: int, closer: int, data: bytes) -> None:
+        """Tell the rank that closes shared files what this one wrote of them; once, before the vote."""
+        if self._client is None or closer == self.rank:
+            return
+        # In the place of the last one, as ballots.
+        self._client.put_large(f"{self._run}/handed/{closer}/{self.rank}", b"%d " % save + data)
+        self._client.add(f"{self._run}/{save}/handed/{closer}", 1)
+
+    def take_over(self, save: int, ranks: Sequence[int]) -> dict[int, bytes]:
+        """What these ranks, all but this one, hand over to it.
+
+        Raises:
+            RankError: the save has failed elsewhere, or a rank does not hand over in time; it is named.
+        """
+        others = [rank for rank in ranks if rank != self.rank]
+        if self._client is None or not others:
+            return {}
+        client, key = self._client, f"{self._run}/{save}/handed/{self.rank}"
+        slots = [f"{self._run}/handed/{self.rank}/{rank}" for rank in others]
+        deadline = _Deadline(self._timeout_s)
+        watch = _Watch(self, others, self.world_size)
+        while client.add(key, 0) < len(others):
+            failed, outcome = f"{self._run}/{save}/failed", f"{self._run}/{save}/outcome"
+            if client.has(failed):
+                ballot = Ballot.from_bytes(client.get(failed))
+                raise RankError(f"rank {ballot.rank}: {ballot.error}")
+            if client.has(outcome):
+                raise RankError("another rank's part has failed")
+            silent = watch.silent(lambda late: self._not_said(save, slots, others, late))
+            if silent is not None:
+                raise self._silence_of(silent)
+            if not deadline.pause():
+                missing = self._not_said(save, slots, others, others)
+                raise RankError(f"{_named(missing)} wrote no part of its files within {self._timeout_s:g} s")
+        client.delete(key)
+        found = {}
+        for rank, slot in zip(others, slots, strict=True):
+            number, _, data = client.get_large(slot).partition(b" ")
+            if int(number) != save:
+                raise RankError(f"rank {rank} went on to its next save before this one was decided")
+            found[rank] = data
+        return found
+
+    def _not_said(
+        self, save: int, slots: Sequence[str], of: Sequence[int], among: Sequence[int]
+    ) -> list[int]:
+        """Those of `among` whose slot holds nothing of this save."""
+        assert self._client is not None
+        asked = {slot: rank for slot, rank in zip(slots, of, strict=True) if rank in set(among)}
+        absent = set(self._client.absent(list(asked)))
+        there = [slot for slot in asked if slot not in absent]
+        heads = [data.partition(b" ")[2] for data in self._client.get_all(there)]
+        said = {
+            asked[slot]
+            for slot, head in zip(there, heads, strict=True)
+            if int(head.partition(b" ")[0]) >= save
+        }
+        return [rank for rank in among if rank not in said]
+
     def say_layout(self, ballot: Ballot, tree: bytes, layout: bytes) -> None:
         """Tell rank 0 where this rank's items lie, unless it knows, and what the leaves are, unless some rank
         has told it the same. Before the vote: whoever dies in between fails the save of all."""

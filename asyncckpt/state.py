@@ -28,11 +28,12 @@ import torch
 
 from .devices import devices_of
 from .errors import OptionError
-from .sections import GroupSection, Section, Stateful, StatefulSection
+from .sections import BringsSections, GroupSection, Section, SharedSection, Stateful, StatefulSection
 from .sections.generators import RngSection
 from .sections.model import ModelSection, own_name, unwrapped
 from .sections.optimizer import OptimizerSection
 from .sections.values import ValueSection
+from .shared import SHARED_BRANCH
 from .tree import Matching, StateTree
 
 
@@ -91,7 +92,10 @@ class TrainingState:
     def _add(self, name: str, value: Any, make: Callable[[Any], Section]) -> None:
         if value is None:
             return
-        if isinstance(value, Stateful):
+        if isinstance(value, BringsSections):
+            self.sections.update(value.sections())
+            self.optimizers += value.optimizers()
+        elif isinstance(value, Stateful):
             self.sections[name] = make(value)
         elif isinstance(value, Mapping):
             self.sections[name] = GroupSection(
@@ -115,6 +119,11 @@ class TrainingState:
             self.capture_s[name] = time.perf_counter() - began_s
         tree["step"] = step
         return tree
+
+    def shared_paths(self) -> tuple[str, ...]:
+        """Of the files that ranks write together, those of which this one has something."""
+        section = self.sections.get(SHARED_BRANCH)
+        return section.paths() if isinstance(section, SharedSection) else ()
 
     def devices(self) -> list[int]:
         """Ordinals of the CUDA devices that hold parameters or buffers now; others may come."""

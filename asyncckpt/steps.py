@@ -63,7 +63,7 @@ class RootView:
         """An absent root is an empty one."""
         self.path = path
         self.layout = layout
-        self._fs = fs if fs is not None else Filesystem()
+        self.fs = fs if fs is not None else Filesystem()
         self._tracker = None if layout.tracker_name is None else path / layout.tracker_name
 
     def entries(self) -> list[StepEntry]:
@@ -120,7 +120,7 @@ class RootView:
 
     def _has_manifest(self, path: Path) -> bool:
         try:
-            return MANIFEST_NAME in self._fs.listdir(path)
+            return MANIFEST_NAME in self.fs.listdir(path)
         except OSError:
             return False
 
@@ -151,7 +151,7 @@ class RootView:
         for ref in entry.manifest.fragments:
             path = entry.path / ref.path
             try:
-                data = self._fs.read(path)
+                data = self.fs.read(path)
             except OSError as problem:
                 if isinstance(problem, FileNotFoundError) and not entry.path.exists():
                     raise StepNotFoundError(f"step {entry.step} was deleted while it was read") from None
@@ -175,7 +175,7 @@ class RootView:
         if self._tracker is None:
             return None
         try:
-            return self.layout.parse_tracker(self._fs.read(self._tracker))
+            return self.layout.parse_tracker(self.fs.read(self._tracker))
         except FileNotFoundError:
             return None
         except OSError as problem:
@@ -183,7 +183,7 @@ class RootView:
 
     def _names(self) -> list[str]:
         try:
-            return self._fs.listdir(self.path)
+            return self.fs.listdir(self.path)
         except FileNotFoundError:
             return []
         except OSError as problem:
@@ -199,7 +199,7 @@ class RootView:
     def _look_at(self, step: int, path: Path, tracked: int | None) -> StepEntry | None:
         """The entry at `path`, or None if it is no directory, or gone."""
         try:
-            data = self._fs.read(path / MANIFEST_NAME)
+            data = self.fs.read(path / MANIFEST_NAME)
         except FileNotFoundError:
             return self._look_at_foreign(step, path, tracked)
         except NotADirectoryError:
@@ -221,7 +221,7 @@ class RootView:
 
     def _look_at_foreign(self, step: int, path: Path, tracked: int | None) -> StepEntry | None:
         try:
-            names = self._fs.listdir(path)
+            names = self.fs.listdir(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as problem:
