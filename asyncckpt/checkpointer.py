@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from . import memory, options
 from .capture import Reserve, capture, capture_hidden
 from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
@@ -52,7 +54,7 @@ from .packing import Packer
 from .planners import planner_for
 from .ranks import ranks_of
 from .snapshot import Stager
-from .state import TrainingState
+from .state import TrainingState, named_models
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +69,8 @@ class AsyncCheckpointer:
 
     Args:
         root: directory of the steps; made if absent. One live run owns it.
-        model: an nn.Module, or anything with state_dict() and load_state_dict().
+        model: an nn.Module, or anything with state_dict() and load_state_dict(); or the chunks of one, as a
+            sequence (they become model0, model1, ...).
         optimizer, lr_scheduler: the same; or several, as a sequence or mapping.
         dataloader: anything with state_dict() and load_state_dict().
         extra: the same; or a dict of plain values, tensors, CuPy arrays and such objects. load fills
@@ -212,19 +215,21 @@ class AsyncCheckpointer:
                 undo.pop_all()
                 return
             if host_memory is None:
-                host_memory = memory.default_host_memory_bytes(model, optimizer is not None)
+                host_memory = memory.default_host_memory_bytes(self._state.modules(), optimizer is not None)
             self._planner = planner
             # Where every byte is compared, a write that nobody fenced must be seen, packed or not.
             self._packer = Packer("never" if guard == "full" else pack)
             self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
             undo.callback(self._stager.close)
             self._stager.use_devices(self._state.devices())
+            # Whoever wraps a model may have compiled it, and then hears of no hooks inside.
+            outermost = [one for one in named_models(model).values() if isinstance(one, torch.nn.Module)]
             self._fence = StepFence(
                 fence=self._fence_before_change,
                 before_captured=self._fence_capture,
                 at_risk=self._at_risk,
                 optimizers=self._state.optimizers,
-                model=model,
+                models=outermost,
                 used=self._state.devices(),
             )
             undo.callback(self._fence.remove)
@@ -337,11 +342,10 @@ class AsyncCheckpointer:
 
     def _begin(self, save: Save, committer: Committer) -> None:
         self._order_after_steps()
-        model = self._state.model
         tree = self._state.capture(save.step)
         save.report.state_dict_s = dict(self._state.capture_s)
         reserve = Reserve(self._stager.reserve_nbytes, [other.report for other in self._in_flight()])
-        captured = capture(tree, model.buffers() if model else set(), reserve)
+        captured = capture(tree, self._state.buffers(), reserve)
         save.mark("captured")
         planned = self._planner.plan(captured.tree)
         captured, planned = capture_hidden(captured, planned, reserve)

@@ -2,7 +2,7 @@
 
 The tree has one branch per object, in this order, whatever the layout:
 
-    model         fully qualified name -> tensor
+    model         fully qualified name -> tensor; model0, model1, ... where it comes in chunks
     optimizer     state: {name of parameter: {...}}, param_groups: [{..., params: [names]}]
     lr_scheduler, dataloader, extra, per_rank    what their state_dict() says
     rng           python, numpy, torch (and cuda: one state per device)
@@ -58,15 +58,15 @@ class TrainingState:
         per_rank: Any = None,
         rng: bool = True,
     ) -> None:
-        model = unwrapped(model)
-        self.sections: dict[str, Section] = {}
+        self.models = {
+            name: ModelSection(_stateful(name, unwrapped(one))) for name, one in named_models(model).items()
+        }
+        self.sections: dict[str, Section] = dict(self.models)
         self.capture_s: dict[str, float] = {}
-        self.model = ModelSection(_stateful("model", model)) if model is not None else None
-        if self.model is not None:
-            self.sections["model"] = self.model
         names: dict[torch.Tensor, str] = {}
-        if isinstance(model, torch.nn.Module):
-            names = {param: own_name(name) for name, param in model.named_parameters()}
+        for section_name, one in self.models.items():
+            prefix = "" if section_name == "model" else f"{section_name}."
+            names.update({param: f"{prefix}{own_name(name)}" for name, param in one.named_parameters()})
         self.optimizers: list[Any] = []
 
         def section(value: Any) -> Section:
@@ -86,7 +86,7 @@ class TrainingState:
                 self._add(name, values, StatefulSection)
         if not self.sections:
             raise OptionError("there is nothing to save: pass a model, an optimizer, or extra")
-        if rng:
+        if rng and "rng" not in self.sections:
             self.sections["rng"] = RngSection()
 
     def _add(self, name: str, value: Any, make: Callable[[Any], Section]) -> None:
@@ -111,14 +111,23 @@ class TrainingState:
     def capture(self, step: int) -> StateTree:
         """The tree at this moment. Tensors are the live ones, or aliases of them."""
         tree = StateTree()
-        if self.model is not None:
-            tree.parameters = self.model.parameters()
+        if "model" in self.models:
+            tree.parameters = self.models["model"].parameters()
         for name, section in self.sections.items():
             began_s = time.perf_counter()
             tree[name] = section.capture()
             self.capture_s[name] = time.perf_counter() - began_s
         tree["step"] = step
         return tree
+
+    def modules(self) -> list[torch.nn.Module]:
+        """The models that are modules."""
+        found = (section.model for section in self.models.values())
+        return [model for model in found if isinstance(model, torch.nn.Module)]
+
+    def buffers(self) -> set[int]:
+        """Addresses of what forwards may change."""
+        return set().union(*(section.buffers() for section in self.models.values()))
 
     def shared_paths(self) -> tuple[str, ...]:
         """Of the files that ranks write together, those of which this one has something."""
@@ -128,8 +137,8 @@ class TrainingState:
     def devices(self) -> list[int]:
         """Ordinals of the CUDA devices that hold parameters or buffers now; others may come."""
         tensors: list[Any] = []
-        if self.model is not None and isinstance(self.model.model, torch.nn.Module):
-            tensors += [*self.model.model.parameters(), *self.model.model.buffers()]
+        for one in self.modules():
+            tensors += [*one.parameters(), *one.buffers()]
         for optimizer in self.optimizers:
             for group in getattr(optimizer, "param_groups", ()):
                 tensors += group["params"]
@@ -154,6 +163,13 @@ class TrainingState:
         known = {*self.sections, "step", "rng"}  # generators may be left alone: save_rng=False
         matching.unexpected_sections += [name for name in tree if name not in known]
         return matching
+
+
+def named_models(model: Any) -> dict[str, Any]:
+    """A model, or the chunks that one is made of, by their sections."""
+    if isinstance(model, list | tuple):
+        return {f"model{index}": chunk for index, chunk in enumerate(model)}
+    return {} if model is None else {"model": model}
 
 
 def _stateful(name: str, value: Any) -> Any:
