@@ -279,7 +279,7 @@ class Loader:
             if entry.manifest is not None and entry.manifest.world_size == self._ranks.world_size > 1:
                 tree.update(restore.read_own(files, self._ranks.rank, trusted=trusted))
             tree = {name: branch for name, branch in tree.items() if name not in left}
-            restore.refuse_inert(tree, tuple(self._state.sections))
+            restore.refuse_inert(tree, self._state.restored())
             matching = self._state.match(tree)
             matching.missing_sections = [name for name in matching.missing_sections if name not in left]
         except Exception as error:

@@ -152,10 +152,18 @@ class TrainingState:
             if isinstance(section, ValueSection):
                 section.hold_back_arrays()
 
+    def restored(self) -> tuple[str, ...]:
+        """Names of the sections that a load brings back; the others are for other tools to read."""
+        return tuple(
+            name for name, section in self.sections.items() if not getattr(section, "write_only", False)
+        )
+
     def match(self, tree: Mapping[str, Any]) -> Matching:
         """Where everything in a stored tree goes. Changes nothing yet."""
         matching = Matching()
         for name, section in self.sections.items():
+            if name not in self.restored():
+                continue
             if name in tree:
                 section.match(name, tree[name], matching)
             else:
