@@ -142,6 +142,10 @@ def test_what_megatron_saves_it_loads_bit_for_bit_and_each_shard_lies_where_it_s
     records = {seen.directory: torch.load(seen.directory / OPTIMIZER_FILE) for seen in ranks}
     chained = len(ranks[0].groups) > 1
     assert chained == (layout.experts is not None)
+    # No two models are alike: a file in another's place would be seen.
+    last = [record[-1] if chained else record for record in records.values()]
+    values = [next(iter(record[0].values()))["param"] for record in last]
+    assert len({value.numpy().tobytes() for value in values}) == models
     checked = 0
     for rank, seen in enumerate(ranks):
         for number, group in enumerate(seen.groups):
