@@ -2,6 +2,15 @@
 
 Megatron is written for CUDA; `cuda_is_cpu` is the one place that bends it, inside a rank's own process and
 until the end of the block. Nothing here knows asyncckpt: what is saved and loaded, Megatron's own code does.
+
+A rank's body, for `process_world.World.run` with tensor * pipeline * data ranks:
+
+    with megatron(layout):
+        job = Job(layout)
+        job.train_step(0)
+        stock_save_checkpoint(job, root)
+        fresh = Job(layout, seed=2)
+        stock_load_checkpoint(fresh, root)
 """
 
 from __future__ import annotations
