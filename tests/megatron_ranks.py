@@ -57,7 +57,7 @@ class Layout:
     """Chunks of each pipeline stage."""
     expert: int = 1
     experts: int | None = None
-    """Experts of each layer; None is a dense model."""
+    """Experts of each layer, with which Megatron wants `tensor` to be 1; None is a dense model."""
     bf16: bool = True
     overlap_param_gather: bool = False
     layers: int = 2
@@ -320,7 +320,10 @@ class Job:
         )  # fmt: skip
 
     def stock_load_model_optim_rng(self, path: Path) -> None:
-        """What Megatron-LM's `load_checkpoint` does with it: model, optimizer, scheduler, generators."""
+        """What Megatron-LM's `load_checkpoint` does with it: model, optimizer, scheduler, generators.
+
+        Into a fresh job, as there: the scheduler counts the saved steps on top of its own.
+        """
         from megatron.core import tensor_parallel
 
         state = stock_read(path)
@@ -398,7 +401,10 @@ def _own_draws(seed: int) -> Iterator[None]:
 
 
 def stock_read(path: Path) -> Any:
-    """The file as Megatron reads it since 0.15: plain values, tensors, and the classes of its own list."""
+    """The file as Megatron reads it since 0.15: plain values, tensors, and the classes of its own list.
+
+    These are known inside of `megatron`.
+    """
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
