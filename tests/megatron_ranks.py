@@ -2,6 +2,15 @@
 
 Megatron is written for CUDA; `cuda_is_cpu` is the one place that bends it, inside a rank's own process and
 until the end of the block. Nothing here knows asyncckpt: what is saved and loaded, Megatron's own code does.
+
+A rank's body, for `process_world.World.run` with tensor * pipeline * data ranks:
+
+    with megatron(layout):
+        job = Job(layout)
+        job.train_step(0)
+        stock_save_checkpoint(job, root)
+        fresh = Job(layout, seed=2)
+        stock_load_checkpoint(fresh, root)
 """
 
 from __future__ import annotations
@@ -26,11 +35,9 @@ from torch.overrides import TorchFunctionMode
 
 from tests.process_world import process_world
 
-# Two seconds of imports, once in the server instead of in every rank. It is a list of names: nothing is
-# imported here, and a run that collects no test of Megatron does not pay for it.
-get_context("forkserver").set_forkserver_preload(
-    [process_world.__module__, "megatron.core.models.gpt", "megatron.core.optimizer"]
-)
+# Names, for a server that has not started: nothing is imported here, and a run that collects no test of
+# Megatron does not pay for it.
+get_context("forkserver").set_forkserver_preload([process_world.__module__, "tests.megatron_imports"])
 
 VOCABULARY = 100
 SEQUENCE = 8
@@ -50,7 +57,7 @@ class Layout:
     """Chunks of each pipeline stage."""
     expert: int = 1
     experts: int | None = None
-    """Experts of each layer; None is a dense model."""
+    """Experts of each layer, with which Megatron wants `tensor` to be 1; None is a dense model."""
     bf16: bool = True
     overlap_param_gather: bool = False
     layers: int = 2
@@ -137,7 +144,9 @@ def megatron(layout: Layout) -> Iterator[None]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    with cuda_is_cpu(), warnings.catch_warnings():
+    from tests.megatron_imports import SAFE_GLOBALS
+
+    with cuda_is_cpu(), torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")  # of what only a GPU has
         # In fp32 the optimizer's shards are views of the parameters.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
@@ -180,7 +189,7 @@ class Job:
         )  # fmt: skip
         self.optimizer = get_megatron_optimizer(config, self.chunks)
         self.scheduler = OptimizerParamScheduler(
-            self.optimizer, init_lr=0.0, max_lr=1e-2, min_lr=1e-3, lr_warmup_steps=2, lr_decay_steps=50,
+            self.optimizer, init_lr=1e-3, max_lr=1e-2, min_lr=1e-3, lr_warmup_steps=2, lr_decay_steps=50,
             lr_decay_style="linear", start_wd=0.01, end_wd=0.1, wd_incr_steps=50, wd_incr_style="linear",
         )  # fmt: skip
         self.stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -311,7 +320,10 @@ class Job:
         )  # fmt: skip
 
     def stock_load_model_optim_rng(self, path: Path) -> None:
-        """What Megatron-LM's `load_checkpoint` does with it: model, optimizer, scheduler, generators."""
+        """What Megatron-LM's `load_checkpoint` does with it: model, optimizer, scheduler, generators.
+
+        Into a fresh job, as there: the scheduler counts the saved steps on top of its own.
+        """
         from megatron.core import tensor_parallel
 
         state = stock_read(path)
@@ -389,11 +401,11 @@ def _own_draws(seed: int) -> Iterator[None]:
 
 
 def stock_read(path: Path) -> Any:
-    """The file as Megatron reads it since 0.15: plain values, tensors, and the classes of its own list."""
-    from megatron.core.safe_globals import SAFE_GLOBALS
+    """The file as Megatron reads it since 0.15: plain values, tensors, and the classes of its own list.
 
-    with torch.serialization.safe_globals(SAFE_GLOBALS):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    These are known inside of `megatron`.
+    """
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def stock_save(optimizer: Any, path: Path) -> None:

@@ -142,6 +142,10 @@ def test_what_megatron_saves_it_loads_bit_for_bit_and_each_shard_lies_where_it_s
     records = {seen.directory: torch.load(seen.directory / OPTIMIZER_FILE) for seen in ranks}
     chained = len(ranks[0].groups) > 1
     assert chained == (layout.experts is not None)
+    # No two models are alike: a file in another's place would be seen.
+    last = [record[-1] if chained else record for record in records.values()]
+    values = [next(iter(record[0].values()))["param"] for record in last]
+    assert len({value.numpy().tobytes() for value in values}) == models
     checked = 0
     for rank, seen in enumerate(ranks):
         for number, group in enumerate(seen.groups):
@@ -228,10 +232,34 @@ def test_what_stock_load_works_around_is_still_wrong_in_megatron(world: World, t
         assert steps == 1
 
 
+def train_lazily(talk: Talk, rank: int, layout: Layout) -> list[bool]:
+    """Whether this rank's parameters are those of rank 0: after a step, and after a sync."""
+    with megatron(layout):
+        job = Job(layout)
+        found = []
+        for number in range(2):
+            job.train_step(number)
+            for _ in range(2):
+                mine = torch.cat([value.flatten() for value in job.parameters().values()])
+                first = mine.clone()
+                dist.broadcast(first, 0)
+                found.append(torch.equal(mine, first))
+                job.sync()
+        return found
+
+
+def test_parameters_that_are_gathered_in_the_next_forward_are_whole_after_a_sync(world: World) -> None:
+    first, *others = world.run(RANKS, train_lazily, Layout(overlap_param_gather=True))
+    assert first == [True] * 4
+    assert others == [[False, True] * 2] * (RANKS - 1)
+
+
 def enter_and_leave(talk: Talk, rank: int, layout: Layout) -> None:
     from megatron.core import parallel_state
 
     stock = [torch.cuda.current_device, torch.cuda.get_rng_state, torch.cuda.manual_seed]
+    safe = set(torch.serialization.get_safe_globals())
+    assert not [known for known in safe if known.__module__.startswith("megatron")]
     with megatron(layout):
         assert not torch.cuda.is_available()
         assert torch.empty(1, device="cuda").device.type == "cpu"
@@ -240,6 +268,7 @@ def enter_and_leave(talk: Talk, rank: int, layout: Layout) -> None:
     assert not parallel_state.model_parallel_is_initialized()
     assert torch.empty(1).type() == "torch.FloatTensor"
     assert stock == [torch.cuda.current_device, torch.cuda.get_rng_state, torch.cuda.manual_seed]
+    assert set(torch.serialization.get_safe_globals()) == safe
 
 
 def test_the_bent_torch_is_straight_again_after_the_block(world: World) -> None:
