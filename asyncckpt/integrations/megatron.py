@@ -66,8 +66,7 @@ def checkpointer(
     return AsyncCheckpointer(
         root,
         model=inner if len(inner) > 1 else inner[0],
-        optimizer=MegatronState(chunks, optimizer, place, args),
-        lr_scheduler=opt_param_scheduler,
+        optimizer=MegatronState(chunks, optimizer, opt_param_scheduler, args, place),
         layout="megatron",
         model_rank=place,
         **options,
@@ -115,7 +114,9 @@ class MegatronState:
         OptionError: an optimizer that nobody here knows.
     """
 
-    def __init__(self, chunks: Sequence[Any], optimizer: Any, place: ModelRank, args: Any) -> None:
+    def __init__(
+        self, chunks: Sequence[Any], optimizer: Any, scheduler: Any, args: Any, place: ModelRank
+    ) -> None:
         self._sections: dict[str, Section] = {}
         self._optimizers: list[Any] = []
         if optimizer is not None:
@@ -129,6 +130,8 @@ class MegatronState:
                 self._sections["optimizer"] = _Synced(_Groups(optimizer, each), sync)
                 self._sections[SHARED_BRANCH] = sharded
         self._sections["rng"] = _Generators()
+        if scheduler is not None:
+            self._sections["lr_scheduler"] = _Scheduler(scheduler)
         if args is not None:
             self._sections["args"] = _Arguments(args)
 
@@ -200,7 +203,7 @@ class _Synced:
 
     def capture(self) -> Any:
         self._sync()
-        return self._section.capture()
+        return _with_own_scaler(self._section.capture())
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
         self._section.match(name, stored, matching)
@@ -242,9 +245,7 @@ class _Groups:
             return
         by_name = {_name_of(group): group for group in groups}
         if len(by_name) == len(groups) and {*by_name} != {_name_of(group) for group in live}:
-            matching.differences.append(
-                f"{name}: groups of {sorted(by_name, key=str)} in the checkpoint alone"
-            )
+            matching.differences.append(f"{name}: other groups in the checkpoint: {sorted(by_name, key=str)}")
             return
         if len(by_name) == len(groups):
             groups = [by_name[_name_of(group)] for group in live]
@@ -263,6 +264,16 @@ class _Groups:
                 optimizer.grad_scaler.load_state_dict(scaler)
 
         matching.afterwards.append(apply)
+
+
+def _with_own_scaler(state: Any) -> Any:
+    """The state of optimizers; a loss scaler changes before the step that the fence holds."""
+    if isinstance(state, list):
+        return [_with_own_scaler(one) for one in state]
+    if "grad_scaler" not in state:
+        return state
+    scaler = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state["grad_scaler"].items()}
+    return {**state, "grad_scaler": scaler}
 
 
 def _name_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -332,6 +343,7 @@ class _Sharded:
         ]
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, _Known(place.optimizer_path, tuple(own)))
+        self._mains: list[dict[Any, torch.Tensor]] = [{} for _ in each]
         self._closers = {ranks[0]: said[ranks[0]] for ranks in self._ranks}
         self._slices = [
             [buffer.slices(ranks) for buffer in buffers]
@@ -387,8 +399,20 @@ class _Sharded:
 
     def _main(self, index: int, param: torch.nn.Parameter) -> Any:
         """The optimizer's own, flat part of a model's parameter."""
-        group, order = self._each[index].model_param_group_index_map[param]
-        return _inner(self._each[index]).param_groups[group]["params"][order]
+        # Not by model_param_group_index_map, which is wrong where a group has parameters of two dtypes.
+        if param not in self._mains[index]:
+            one = self._each[index]
+            pairs = (
+                (one.model_float16_groups, one.shard_fp32_from_float16_groups),
+                (one.model_fp32_groups, one.shard_fp32_groups),
+            )
+            self._mains[index] = {
+                model: main
+                for models, mains in pairs
+                for of_group in zip(models, mains, strict=True)
+                for model, main in zip(*of_group, strict=True)
+            }
+        return self._mains[index][param]
 
     def _states(self, index: int, param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         main = self._main(index, param)
@@ -486,6 +510,25 @@ class _Generators:
         if missing:
             matching.differences.append(f"{name}: no state of {', '.join(missing)} in the checkpoint")
         matching.afterwards.append(restore)
+
+
+class _Scheduler:
+    """OptimizerParamScheduler, whose load adds the steps in a checkpoint to those it has made."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def capture(self) -> Any:
+        return self._scheduler.state_dict()
+
+    def match(self, name: str, stored: Any, matching: Matching) -> None:
+        values = matching.fresh(name, stored)
+
+        def apply() -> None:
+            self._scheduler.num_steps = 0
+            self._scheduler.load_state_dict(values)
+
+        matching.afterwards.append(apply)
 
 
 class _Arguments:
