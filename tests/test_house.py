@@ -56,7 +56,18 @@ def test_only_snapshot_and_restore_open_the_engine() -> None:
 
 
 def test_only_the_front_door_sees_the_checkpointer() -> None:
-    assert users_of("asyncckpt.checkpointer") == {"asyncckpt"}
+    users = users_of("asyncckpt.checkpointer")
+    assert {name for name in users if not name.startswith("asyncckpt.integrations")} == {"asyncckpt"}
+
+
+def test_only_an_integration_knows_a_framework() -> None:
+    for framework in ("megatron", "rlinf", "ray", "lightning", "transformers"):
+        users = {name for name, found in GRAPH.items() if any(i.split(".")[0] == framework for i in found)}
+        assert {name for name in users if not name.startswith("asyncckpt.integrations")} == set()
+
+
+def test_nobody_needs_an_integration() -> None:
+    assert not {name for name in users_of("asyncckpt.integrations") if "integrations" not in name}
 
 
 @pytest.mark.parametrize("room", [name for name in GRAPH if ".formats" in name or name in PURE])
