@@ -31,7 +31,16 @@ def world() -> Iterator[World]:
 def megatron_training(job: Job, settings: Namespace) -> Iterator[types.ModuleType]:
     """Modules with the names and functions of Megatron-LM's, that save and load as it does."""
 
-    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> None:
+    def save_checkpoint(  # the arguments of the real one, as far as they are looked at
+        iteration: int,
+        model: Any,
+        optimizer: Any,
+        opt_param_scheduler: Any,
+        num_floating_point_operations_so_far: int,
+        checkpointing_context: Any = None,
+        non_persistent_ckpt: bool = False,
+        release: bool = False,
+    ) -> None:
         stock_save_checkpoint(job, Path(settings.save))
 
     def load_checkpoint(*args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -153,6 +162,7 @@ def leave_to_stock(talk: Talk, rank: int, root: Path) -> bool:
             ({"ckpt_format": "fsdp_dtensor"}, {}),
             ({"no_save_optim": True}, {}),
             ({}, {"non_persistent_ckpt": True}),
+            ({}, {"checkpointing_context": {}, "release": True}),
         ):
             with megatron_training(
                 job, settings_of(job, root / str(len(more) + len(kwargs)), **more)

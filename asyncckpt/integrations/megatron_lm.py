@@ -9,6 +9,7 @@ Source: megatron/training/checkpointing.py and training.py of Megatron-LM (main 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class Installation:
         self._options = options
         self._checkpointers: dict[Path, AsyncCheckpointer] = {}
         self._said: set[str] = set()
+        self._operations = 0  # floating-point operations so far, at the latest save
         self._replaced: list[tuple[Any, str, Any]] = []
         self._stock_save = self._replace("save_checkpoint", self._save)
         self._stock_load = self._replace("load_checkpoint", self._load)
@@ -99,15 +101,16 @@ class Installation:
     ) -> Any:
         settings = self._stock.get_args()
         why = self._not_ours(settings, ("no_save_optim", "no_save_rng"))
-        if kwargs.get("non_persistent_ckpt") or kwargs.get("release") or args[5:6] == (True,):
+        given = (iteration, model, optimizer, opt_param_scheduler, num_floating_point_operations_so_far)
+        asked = inspect.signature(self._stock_save).bind(*given, *args, **kwargs).arguments
+        if asked.get("non_persistent_ckpt") or asked.get("release"):
             why = "a non-persistent or a release checkpoint"
         if why:
             self._say(f"saved by Megatron-LM itself: {why}")
-            given = (iteration, model, optimizer, opt_param_scheduler, num_floating_point_operations_so_far)
             return self._stock_save(*given, *args, **kwargs)
         one = self._over(Path(settings.save), model, optimizer, opt_param_scheduler, settings)
         counted = {name: int(getattr(settings, name, 0) or 0) for name in _SAMPLES}
-        counted[_OPERATIONS] = int(num_floating_point_operations_so_far or 0)
+        counted[_OPERATIONS] = self._operations = int(num_floating_point_operations_so_far or 0)
         return one.save(iteration, metadata={"megatron": counted})
 
     def _load(
@@ -186,6 +189,7 @@ class Installation:
                 optimizer=optimizer,
                 opt_param_scheduler=scheduler,
                 args=settings,
+                also={_OPERATIONS: lambda: self._operations},
                 read_only=read_only,
                 **self._options,
             )
