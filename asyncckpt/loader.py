@@ -31,6 +31,9 @@ from .errors import (
     StepNotFoundError,
 )
 from .formats.manifest import FileEntry
+from .layouts.dcp import own_path
+from .layouts.place import Place
+from .parts import Member
 from .ranks import Ranks
 from .state import TrainingState
 from .steps import StepEntry
@@ -83,10 +86,11 @@ class Loader:
         must_load: why the live state is not to be trusted until a load succeeds; None if it is.
     """
 
-    def __init__(self, root: CheckpointRoot, state: TrainingState, ranks: Ranks) -> None:
+    def __init__(self, root: CheckpointRoot, state: TrainingState, ranks: Ranks, member: Member) -> None:
         self._root = root
         self._state = state
         self._ranks = ranks
+        self._member = member
         self.must_load: str | None = None
 
     def latest(self, strict: bool, trusted: bool) -> Resume | None:
@@ -148,7 +152,8 @@ class Loader:
 
         def find() -> StepEntry:
             if chosen != step:
-                raise RankError(f"rank {self._ranks.rank} loads step {step} where rank 0 loads step {chosen}")
+                first = self._ranks.called(0)
+                raise RankError(f"{self._member} loads step {step} where {first} loads step {chosen}")
             return self._root.find(step)
 
         return self._load(find, strict, trusted, (), verify_first)
@@ -198,7 +203,10 @@ class Loader:
 
     @property
     def _share(self) -> tuple[int, int]:
-        return self._ranks.rank, self._ranks.world_size
+        return self._member.rank, self._member.world_size
+
+    def _place(self, entry: StepEntry) -> Place:
+        return self._root.layout.place(entry.step, self._member.part)
 
     def _together(self, act: Callable[[], _Result]) -> _Result:
         """Do this rank's part of something, and return once all ranks did theirs.
@@ -223,25 +231,35 @@ class Loader:
         rank = next(rank for rank, other in enumerate(said) if other.startswith(grave))
         text = said[rank].removeprefix(grave)
         if grave == _DAMAGED:
-            raise CorruptStepError(str(self._root.path), f"on rank {rank}: {text}") from failure
-        raise RankError(f"rank {rank} could not load: {text}") from failure
+            raise CorruptStepError(
+                str(self._root.path), f"on {self._ranks.called(rank)}: {text}"
+            ) from failure
+        raise RankError(f"{self._ranks.called(rank)} could not load: {text}") from failure
 
     def _listed(self, entry: StepEntry) -> dict[str, FileEntry] | None:
-        """What the files of a step must be; None where nobody says."""
+        """What the files of this part must be in a step; None where nobody says."""
         if entry.too_new:
             raise LoadError(f"{entry.problem}")
         if entry.problem is not None:
             raise CorruptStepError(str(entry.path), entry.problem)
-        if entry.foreign:
+        if entry.manifest is None:
             return None
+        if self._member.part not in entry.manifest.world_sizes:
+            there = ", ".join(entry.manifest.world_sizes)
+            raise LoadError(f"{entry.path} has no part {self._member.part!r}; it was saved by: {there}")
+        holds = self._place(entry).holds
         fragments = self._root.read_fragments(entry)
-        return {file.path: file for fragment in fragments for file in fragment.files}
+        return {file.path: file for fragment in fragments for file in fragment.files if holds(file.path)}
 
     def _left(self, entry: StepEntry) -> tuple[str, ...]:
         """Sections that the ranks which saved it cannot give to those that are here."""
-        if entry.manifest is None or entry.manifest.world_size == self._ranks.world_size:
+        if entry.manifest is None or self._has_as_many_ranks(entry):
             return ()
         return tuple(name for name in OWN_SECTIONS if name in self._state.sections)
+
+    def _has_as_many_ranks(self, entry: StepEntry) -> bool:
+        sizes = entry.manifest.world_sizes if entry.manifest is not None else {}
+        return sizes.get(self._member.part) == self._member.world_size
 
     def _match(
         self,
@@ -253,9 +271,11 @@ class Loader:
     ) -> Matching:
         """What goes where; nothing is changed yet."""
         try:
-            tree = restore.read_tree(files, self._root.layout.name, trusted=trusted)
-            if entry.manifest is not None and entry.manifest.world_size == self._ranks.world_size > 1:
-                tree.update(restore.read_own(files, self._ranks.rank, trusted=trusted))
+            place = self._place(entry)
+            tree = restore.read_tree(files, place, trusted=trusted)
+            own = place.path(own_path(self._member.rank))
+            if own in (files.entries or ()) and self._has_as_many_ranks(entry):
+                tree.update(restore.read_zip(files, own, trusted=trusted))
             tree = {name: branch for name, branch in tree.items() if name not in left}
             restore.refuse_inert(tree, tuple(self._state.sections))
             matching = self._state.match(tree)

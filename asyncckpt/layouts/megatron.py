@@ -8,10 +8,11 @@ of its making is whole (megatron/training/checkpointing.py, read_metadata and sa
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..errors import CorruptStepError, LoadError, StepError
+from .place import NOTHING_THERE, Place, SizeOf, directory_of
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
@@ -54,11 +55,28 @@ class MegatronLayout:
             raise CorruptStepError(TRACKER_NAME, f"an iteration number expected, got {data[:40]!r}")
         return int(text)
 
-    def foreign_problem(self, step: int, names: Collection[str], tracked: int | None) -> str | None:
+    def place(self, step: int, part: str) -> Place:
+        directory = directory_of(part)
+        return Place(directory, directory, "megatron")
+
+    def added_files(self, step: int, part: str) -> Mapping[str, bytes]:
+        return {}
+
+    def foreign_problem(
+        self,
+        step: int,
+        names: Collection[str],
+        tracked: int | None,
+        size_of: SizeOf = NOTHING_THERE,
+        parts: Collection[str] = (),
+    ) -> str | None:
         if tracked is None:
             return f"no {TRACKER_NAME} vouches for it"
         if step > tracked:
             return f"beyond the tracker, which names {tracked}: its writer never finished it"
-        if not any(name.startswith("mp_rank_") for name in names):
+        for path in (f"{part}/{model_path()}" for part in parts):
+            if not size_of(path):
+                return f"no {path}"
+        if not parts and not any(name.startswith("mp_rank_") for name in names):
             return "no mp_rank_* directory"
         return None
