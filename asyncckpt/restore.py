@@ -33,6 +33,8 @@ from .formats.refs import span_elements
 from .layouts.megatron import model_path
 from .layouts.megatron_tree import from_megatron
 from .layouts.place import Place
+from .layouts.rlinf import DATA_NAME
+from .layouts.rlinf_tree import from_rlinf
 from .shards import Block, Blocks, local_of
 from .tree import NeededTensor, StoredPart, StoredTensor, UnparsedPart, rebuilt, unflatten
 
@@ -154,6 +156,10 @@ def read_tree(files: StepFiles, place: Place, *, trusted: bool = False) -> dict[
     """
     if place.format == "megatron":
         return _read_megatron(files, place, trusted)
+    if place.format == "driver":
+        return _read_driver(files, place, trusted)
+    if place.format == "rlinf-dcp":
+        return from_rlinf(_read_dcp(files, place.path(place.metadata), trusted))
     return _read_dcp(files, place.path(place.metadata), trusted)
 
 
@@ -258,6 +264,13 @@ def _read_megatron(files: StepFiles, place: Place, trusted: bool) -> dict[str, A
             f"A checkpoint in the dcp layout can be resharded"
         )
     return from_megatron(read_zip(files, place.path(model_path()), trusted=trusted))
+
+
+def _read_driver(files: StepFiles, place: Place, trusted: bool) -> dict[str, Any]:
+    name = place.path(DATA_NAME)
+    if not (files.directory / name).exists() and name not in (files.entries or ()):
+        return {}  # a driver without a dataloader
+    return {"dataloader": read_zip(files, name, trusted=trusted)}
 
 
 def read_zip(files: StepFiles, name: str, *, trusted: bool = False) -> dict[str, Any]:

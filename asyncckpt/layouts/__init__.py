@@ -13,6 +13,7 @@ from ..errors import OptionError
 from .dcp import DcpLayout
 from .megatron import MegatronLayout
 from .place import NOTHING_THERE, Place, SizeOf
+from .rlinf import RlinfFsdpLayout, RlinfMegatronLayout
 
 __all__ = ["LAYOUTS", "DcpLayout", "Layout", "MegatronLayout", "Place", "layout_named"]
 
@@ -66,7 +67,10 @@ class Layout(Protocol):
         """
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (DcpLayout(), MegatronLayout())}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (DcpLayout(), MegatronLayout(), RlinfFsdpLayout(), RlinfMegatronLayout())
+}
 
 
 def layout_named(name: str) -> Layout:

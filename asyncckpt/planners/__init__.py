@@ -1,4 +1,4 @@
-"""One planner per layout: a tree -> the files of a step.
+"""One planner per format: a tree -> the files of a part of a step.
 
 A planner belongs to one thread. Pure, as `plan` is.
 """
@@ -6,21 +6,30 @@ A planner belongs to one thread. Pure, as `plan` is.
 from __future__ import annotations
 
 from ..errors import OptionError
+from ..layouts import rlinf_tree
+from ..layouts.rlinf import DCP_DIRECTORY
 from ..plan import Planner
-from .dcp import DcpPlanner
+from .dcp import Arrangement, DcpPlanner
+from .driver import DriverPlanner
 from .megatron import MegatronPlanner
 
-__all__ = ["DcpPlanner", "MegatronPlanner", "planner_for"]
+__all__ = ["Arrangement", "DcpPlanner", "DriverPlanner", "MegatronPlanner", "planner_for"]
+
+_RLINF = Arrangement(DCP_DIRECTORY, rlinf_tree.shared_tree, rlinf_tree.stored_path)
 
 
-def planner_for(layout: str, rank: int = 0, world_size: int = 1) -> Planner:
-    """The planner that fills a layout's directories, for one of `world_size` ranks.
+def planner_for(form: str, rank: int = 0, world_size: int = 1) -> Planner:
+    """The planner of a format (see `layouts.Place`), for one of `world_size` ranks.
 
     Raises:
-        OptionError: the layout is one rank's.
+        OptionError: the format is one rank's.
     """
-    if layout == "megatron":
-        if world_size > 1:
-            raise OptionError(f"layout 'megatron' is written by one rank, here are {world_size}; use 'dcp'")
+    if form in ("megatron", "driver") and world_size > 1:
+        raise OptionError(
+            f"files of format {form!r} are written by one rank, here are {world_size}; use 'dcp'"
+        )
+    if form == "megatron":
         return MegatronPlanner()
-    return DcpPlanner(rank, world_size)
+    if form == "driver":
+        return DriverPlanner()
+    return DcpPlanner(rank, world_size, _RLINF if form == "rlinf-dcp" else None)
