@@ -143,7 +143,8 @@ class Ranks:
         self._first = self.called(0)
         self._timeout_s = timeout_s
         self._silence_s = silence_s
-        self._client = StoreClient(store, f"asyncckpt/{name}/") if world_size > 1 else None
+        host = "the process that hosts it" + (f", usually {self._first}," if self.parts.declared else "")
+        self._client = StoreClient(store, f"asyncckpt/{name}/", host) if world_size > 1 else None
         # A thread that is inside the store when the interpreter goes takes the process down with it.
         atexit.register(self.close)
         self._run = "-"  # the incarnation, once it is agreed on

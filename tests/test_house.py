@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def imports_of(path: Path) -> Iterator[str]:
 
 GRAPH = {name_of(path): set(imports_of(path)) for path in MODULES}
 
-PURE = {"asyncckpt.plan", "asyncckpt.packing", "asyncckpt.shards", "asyncckpt.trial"} | {
-    name for name in GRAPH if name.startswith("asyncckpt.planners")
+PURE = {"asyncckpt.plan", "asyncckpt.packing", "asyncckpt.parts", "asyncckpt.shards", "asyncckpt.trial"} | {
+    name for name in GRAPH if name.startswith(("asyncckpt.planners", "asyncckpt.layouts"))
 }
 
 
@@ -98,8 +99,26 @@ def test_only_those_who_agree_know_the_other_ranks() -> None:
 
 
 def test_commit_and_lease_know_nothing_of_torch() -> None:
-    for room in ("commit", "steps", "lease", "filesystem", "formats.manifest"):
+    for room in ("commit", "steps", "lease", "filesystem", "formats.manifest", "parts"):
         assert not {i for i in GRAPH[f"asyncckpt.{room}"] if i.split(".")[0] in ("torch", "numpy")}
+
+
+INTEGRATIONS = [name for name in GRAPH if name.startswith("asyncckpt.integrations.")]
+
+
+def test_nobody_needs_an_integration() -> None:
+    inside = {"asyncckpt.integrations", *INTEGRATIONS}
+    assert INTEGRATIONS
+    assert users_of("asyncckpt.integrations") <= inside
+
+
+@pytest.mark.parametrize("room", INTEGRATIONS)
+def test_an_integration_comes_in_by_the_front_door_and_imports_nothing_of_what_it_knows(room: str) -> None:
+    ours = {found for found in GRAPH[room] if found.startswith("asyncckpt")}
+    doors = ("errors", "layouts")
+    assert all(found.count(".") == 1 or found.split(".")[1] in doors for found in ours)
+    foreign = {found.split(".")[0] for found in GRAPH[room]} - {"asyncckpt", "__future__"}
+    assert foreign <= {"torch", *sys.stdlib_module_names}
 
 
 def test_the_stub_names_what_the_engine_has() -> None:
