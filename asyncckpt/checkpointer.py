@@ -73,8 +73,9 @@ class AsyncCheckpointer:
             tensors, arrays and objects in place, and replaces the other values in the dict.
         per_rank: the same, of what is a rank's own where there are several; generators and the dataloader
             are kept per rank anyway. All else is taken to be the same on every rank, or a DTensor.
-        layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint) or "megatron"
-            (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker).
+        layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint), "megatron"
+            (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker), "rlinf-fsdp" or "rlinf-megatron"
+            (`global_step_50/`, a directory per part; see `integrations.rlinf`).
         host_memory: bytes that staging may take, all in all. A state that is larger streams through;
             then the step fence waits for the disk. Default: see `memory.default_host_memory_bytes`. With
             guard="full", checksums of what is on CUDA devices take 8 MiB more, once for the process.

@@ -64,10 +64,6 @@ class Parts:
             first += size
         raise OptionError(f"no part {part!r}; there are: {', '.join(self.world_sizes)}")
 
-    def part_at(self, place: int) -> str:
-        """The part of the participant at `place`."""
-        return next(name for name in self.world_sizes if place in self.places(name))
-
     def called(self, *places: int) -> str:
         """Participants, as messages name them: "rank 3"; where parts are declared "actor rank 2"."""
         shown = places[:_SHOWN]

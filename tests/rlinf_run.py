@@ -72,18 +72,23 @@ class Trainer:
         self.lr_scheduler.step()
         return float(loss.item())
 
-    def nudge(self, by: float) -> None:
+    def fill(self, value: float) -> None:
         """Change all weights without a word to the others."""
         with torch.no_grad():
-            for param in self.model.parameters():
-                local = param._local_tensor if isinstance(param, DTensor) else param
-                local.add_(by)
+            for local in self._locals():
+                local.fill_(value)
+
+    def values(self) -> set[float]:
+        """Of all weights that are here."""
+        return {value for local in self._locals() for value in local.flatten().tolist()}
+
+    def _locals(self) -> list[torch.Tensor]:
+        return [p._local_tensor if isinstance(p, DTensor) else p.data for p in self.model.parameters()]
 
     def offload_param_and_grad(self) -> None:
         """As hard as Megatron's: the memory is another afterwards, and the old one is garbage."""
         self.moved += 1
-        for param in self.model.parameters():
-            local = param._local_tensor if isinstance(param, DTensor) else param.data
+        for local in self._locals():
             kept = local.clone()
             local.untyped_storage().resize_(0)
             local.untyped_storage().resize_(kept.untyped_storage().nbytes())

@@ -39,7 +39,6 @@ def test_all_participants_are_numbered_in_the_order_declared() -> None:
     assert [list(parts.places(part)) for part in PARTS] == [[0], [1, 2, 3], [4, 5]]
     members = [Member(parts, part, rank) for part, size in PARTS.items() for rank in range(size)]
     assert [member.place for member in members] == list(range(RANKS))
-    assert list(map(parts.part_at, range(RANKS))) == [member.part for member in members]
     assert [str(member) for member in members][:3] == ["driver rank 0", "actor rank 0", "actor rank 1"]
     assert parts.called(0, 2, 3, 5) == "driver rank 0 and actor ranks 1, 2 and critic rank 1"
 

@@ -162,6 +162,40 @@ def test_the_keys_are_rlinfs(world: World, tmp_path: Path) -> None:
         assert getattr(mine, "size", None) == getattr(described, "size", None)
 
 
+def save_twice(talk: Talk, part: str, rank: int, log_dir: Path) -> None:
+    trainer = Trainer(part, rank)
+    checkpoints = driver_of(talk, log_dir, Loader()) if part == "data" else worker_of(talk, part, trainer)
+    with checkpoints:
+        for step in (1, 2):
+            trainer.fill(step)
+            checkpoints.save(step)
+            checkpoints.fence()
+
+
+def load_what_is_good(talk: Talk, part: str, rank: int, log_dir: Path) -> tuple[int, set[float]]:
+    trainer = Trainer(part, rank)
+    checkpoints = driver_of(talk, log_dir, Loader()) if part == "data" else worker_of(talk, part, trainer)
+    with checkpoints:
+        found = checkpoints.resume()
+    return found, trainer.values() if part != "data" else {float(found)}
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_file_is_found_by_its_part(world: World, tmp_path: Path) -> None:
+    run(world, PARTS, save_twice, tmp_path)
+    step = tmp_path / "checkpoints" / "global_step_2"
+    names = sorted(files_below(step))
+    assert len(names) == 1 + RANKS + 3 + 2 + 2
+    for index, name in enumerate(names):
+        path = step / name
+        whole = path.read_bytes()
+        place = (index * len(whole)) // len(names)  # here and there
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert run(world, PARTS, load_what_is_good, tmp_path) == [(1, {1.0})] * RANKS, name
+        path.write_bytes(whole)
+    assert run(world, PARTS, load_what_is_good, tmp_path) == [(2, {2.0})] * RANKS
+
+
 # ---------------------------------------------------------------------------- trees of RLinf's own
 
 
@@ -305,7 +339,7 @@ def save_three_times(
             if part == "data":
                 loader.next()
             else:
-                trainer.nudge(call)
+                trainer.fill(call)
             checkpoints.save(call)
             checkpoints.fence()
             if call == 1:
