@@ -113,8 +113,8 @@ def test_a_run_resumes_bit_for_bit_and_rlinf_reads_its_tree(world: World, tmp_pa
         *(f"{part}/dcp_checkpoint/.metadata" for part in GROUPS),
         *(f"{p}/dcp_checkpoint/__{rank}_0.distcp" for p, size in GROUPS.items() for rank in range(size)),
     }
-    for resume_dir in ("auto", str(step)):
-        again = run(world, PARTS, train, tmp_path, resume_dir, STEPS)
+    for log_dir, resume_dir in ((tmp_path, "auto"), (tmp_path, str(step)), (tmp_path / "next", str(step))):
+        again = run(world, PARTS, train, log_dir, resume_dir, STEPS)
         assert again[0][:2] == (SAVED, first[0][1])
         for (_, losses, saved), (found, after, loaded) in zip(first[1:], again[1:], strict=True):
             assert found == SAVED
