@@ -204,6 +204,18 @@ def planned_with(
     )
 
 
+def number_storages(names: list[str], written: list[tuple[str, Pickled]]) -> list[list[tuple[int, int]]]:
+    """(source, nbytes) of the storages met while pickling, which are the last sources; names them."""
+    numbers = []
+    for name, pickled in written:
+        storages = []
+        for position, storage in enumerate(pickled.storages):
+            storages.append((len(names), storage.nbytes()))
+            names.append(f"{name} (storage {position})")
+        numbers.append(storages)
+    return numbers
+
+
 def inert_in(pickled: Pickled) -> list[tuple[str, str]]:
     """The first object in it that a load will not bring back by itself."""
 
