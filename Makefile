@@ -12,6 +12,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints.txt
+MEGATRON ?= megatron-core==0.16.1
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -61,9 +62,11 @@ $(VENV)/.torch: $(VENV)/.created
 	@touch $@
 
 # Editable, and again whenever what it was built from changed; what is satisfied is not downloaded again.
+# Megatron is for the tests: without its dependencies, which would choose among torch's wheels anew.
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PIP) install -q $(CONSTRAINTS) 'setuptools>=64' 'nanobind>=2.0'
 	$(PIP) install -q $(CONSTRAINTS) --no-build-isolation -e '.[test,bench,examples]'
+	$(PIP) install -q $(CONSTRAINTS) --no-deps '$(MEGATRON)' packaging einops psutil
 	@touch $@
 
 # Compiles csrc/ once more with -Wall -Wextra -Werror; the module it links is not the installed one.

@@ -8,6 +8,7 @@ is hidden in python objects. Python leaves are pickled inside save() anyway.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 _Copied = TypeVar("_Copied", torch.Tensor, torch.UntypedStorage)
 
+_MODEL = re.compile(r"model[0-9]*")  # a model's branch, or that of a chunk of one
 _DEVICE_NBYTES_MAX = 16 << 20  # copies of what is on devices stay there, on the stream that changes it
 
 
@@ -110,7 +112,7 @@ def capture(tree: StateTree, buffers: set[int], reserve: Reserve) -> Captured:
     result = StateTree(tree)
     result.parameters = tree.parameters
     for name, branch in tree.items():
-        if name == "model":
+        if _MODEL.fullmatch(name):
             if buffers:
                 result[name] = {key: copy(v) if _is_buffer(v, buffers) else v for key, v in branch.items()}
         elif name == "optimizer":

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from . import memory, options
 from .capture import Reserve, capture, capture_hidden
 from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
@@ -45,13 +47,14 @@ from .filesystem import Filesystem
 from .formats.manifest import checked_metadata
 from .inflight import ABORT_S, Deadline, PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
+from .layouts.megatron import ModelRank
 from .lease import RootLease, owner_of
 from .loader import Loader, Resume
 from .packing import Packer
 from .planners import planner_for
 from .ranks import member_of, ranks_of
 from .snapshot import Stager
-from .state import TrainingState
+from .state import TrainingState, named_models
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +69,8 @@ class AsyncCheckpointer:
 
     Args:
         root: directory of the steps; made if absent. One live run owns it.
-        model: an nn.Module, or anything with state_dict() and load_state_dict().
+        model: an nn.Module, or anything with state_dict() and load_state_dict(); or the chunks of one, as a
+            sequence (they become model0, model1, ...).
         optimizer, lr_scheduler: the same; or several, as a sequence or mapping.
         dataloader: anything with state_dict() and load_state_dict().
         extra: the same; or a dict of plain values, tensors, CuPy arrays and such objects. load fills
@@ -107,6 +111,7 @@ class AsyncCheckpointer:
         part: which of them this process belongs to. `rank` and `world_size` are then those within it, and
             `store` must be one that all participants reach.
         rank_timeout_s: a rank that shows no sign of life for so long is taken for dead.
+        model_rank: which part of the model this rank has, in layout "megatron" where there are several.
         on_phase: called with (step, phase) as each phase is reached, on whatever thread reaches it.
 
     One thread trains: it calls save(), fence(), load() and steps the optimizers. Everything that changes
@@ -148,6 +153,7 @@ class AsyncCheckpointer:
         part: str | None = None,
         parts: Mapping[str, int] | None = None,
         rank_timeout_s: float = 60.0,
+        model_rank: ModelRank | None = None,
         on_phase: PhaseObserver | None = None,
     ) -> None:
         options.check_choice("on_error", on_error, ("raise", "warn"))
@@ -196,7 +202,7 @@ class AsyncCheckpointer:
             undo.callback(self._ranks.close)
             if not self._ranks.alone and when_busy == "skip":
                 raise OptionError('when_busy: several ranks would not skip the same saves; use "wait"')
-            planner = planner_for(place.format, member.rank, member.world_size)
+            planner = planner_for(place.format, member.rank, member.world_size, model_rank)
 
             def begin() -> dict[str, Any]:  # on the first rank alone
                 incarnation = new_incarnation()
@@ -213,24 +219,26 @@ class AsyncCheckpointer:
             if not self._ranks.alone:
                 self._join(path, read_only)
             self._root = CheckpointRoot(path, layout_named(layout), fs, member.parts)
-            self._loader = Loader(self._root, self._state, self._ranks, member)
+            self._loader = Loader(self._root, self._state, self._ranks, member, model_rank)
             if read_only:
                 undo.pop_all()
                 return
             if host_memory is None:
-                host_memory = memory.default_host_memory_bytes(model, optimizer is not None)
+                host_memory = memory.default_host_memory_bytes(self._state.modules(), optimizer is not None)
             self._planner = planner
             # Where every byte is compared, a write that nobody fenced must be seen, packed or not.
             self._packer = Packer("never" if guard == "full" else pack)
             self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
             undo.callback(self._stager.close)
             self._stager.use_devices(self._state.devices())
+            # Whoever wraps a model may have compiled it, and then hears of no hooks inside.
+            outermost = [one for one in named_models(model).values() if isinstance(one, torch.nn.Module)]
             self._fence = StepFence(
                 fence=self._fence_before_change,
                 before_captured=self._fence_capture,
                 at_risk=self._at_risk,
                 optimizers=self._state.optimizers,
-                model=model,
+                models=outermost,
                 used=self._state.devices(),
             )
             undo.callback(self._fence.remove)
@@ -256,8 +264,8 @@ class AsyncCheckpointer:
             )
         try:
             self._ranks.join(problem)
-        except RankError:
-            if problem:
+        except RankError as error:
+            if problem and problem in str(error):  # else rank 0 has left meanwhile, for another reason
                 raise RootError(problem) from None
             raise
 
@@ -345,11 +353,10 @@ class AsyncCheckpointer:
 
     def _begin(self, save: Save, committer: Committer) -> None:
         self._order_after_steps()
-        model = self._state.model
         tree = self._state.capture(save.step)
         save.report.state_dict_s = dict(self._state.capture_s)
         reserve = Reserve(self._stager.reserve_nbytes, [other.report for other in self._in_flight()])
-        captured = capture(tree, model.buffers() if model else set(), reserve)
+        captured = capture(tree, self._state.buffers(), reserve)
         save.mark("captured")
         planned = self._planner.plan(captured.tree)
         captured, planned = capture_hidden(captured, planned, reserve)
@@ -379,7 +386,7 @@ class AsyncCheckpointer:
             save.report.packed, save.report.pack_s = packing.tensors, packing.seconds
             save.sample = packing.sample
             save.submitting_s = save.elapsed_s()
-            save.snapshot = self._stager.snapshot(packing.planned, captured.live, attempt.path / attempt.base)
+            save.snapshot = self._stager.snapshot(packing.planned, captured.live, attempt.files)
             self._state.hold_back_arrays()  # until what was copied inside save() is copied
             save.mark("submitted")
             committer.take(save)

@@ -110,6 +110,11 @@ class Attempt:
     directories: tuple[Path, ...]
     base: str = ""
 
+    @property
+    def files(self) -> Path:
+        """Where the paths of this process's plan begin."""
+        return self.path / self.base
+
 
 def _ensure_directory(path: Path, fs: Filesystem) -> None:
     try:
@@ -258,9 +263,9 @@ class CheckpointRoot(RootView):
         try:
             for directory in (path, *begun.directories):
                 if shared:
-                    _ensure_directory(directory, self._fs)
+                    _ensure_directory(directory, self.fs)
                 else:
-                    self._fs.mkdir(directory)
+                    self.fs.mkdir(directory)
         except BaseException:
             if not shared:
                 self.discard(begun)
@@ -277,14 +282,14 @@ class CheckpointRoot(RootView):
         for file in files:
             path = attempt.path / file.path
             try:
-                nbytes = self._fs.stat(path).st_size
+                nbytes = self.fs.stat(path).st_size
             except OSError as problem:
                 raise WriteError("stat", str(path), problem.errno or errno.EIO) from problem
             if nbytes != file.nbytes:
                 raise SaveError(f"{path}: {file.nbytes} bytes were to be written, {nbytes} are there")
         name = fragment_name(rank)
         data = Fragment(attempt.id, rank, tuple(files)).to_bytes()
-        self._fs.write_file(attempt.path / name, data)
+        self.fs.write_file(attempt.path / name, data)
         return FragmentRef(name, len(data), zlib.crc32(data))
 
     def add_file(self, attempt: Attempt, path: str, data: bytes, block_nbytes: int) -> FileEntry:
@@ -293,9 +298,9 @@ class CheckpointRoot(RootView):
         Its directory may be another part's, which has made it durable before: then it is so once more.
         """
         target = attempt.path / check_path(path)
-        self._fs.write_file(target, data)
+        self.fs.write_file(target, data)
         if target.parent not in (attempt.path, *attempt.directories):
-            self._fs.fsync_dir(target.parent)
+            self.fs.fsync_dir(target.parent)
         blocks = range(0, len(data), block_nbytes)
         crcs = tuple(zlib.crc32(data[begin : begin + block_nbytes]) for begin in blocks)
         return FileEntry(path, len(data), block_nbytes, crcs)
@@ -303,13 +308,13 @@ class CheckpointRoot(RootView):
     def settle_part(self, attempt: Attempt) -> None:
         """Make the names of what this rank wrote durable; the first rank's publish does so for its own."""
         for directory in (*reversed(attempt.directories), attempt.path):
-            self._fs.fsync_dir(directory)
+            self.fs.fsync_dir(directory)
 
     def check_fragment(self, attempt: Attempt, ref: FragmentRef) -> None:
         """Raise SaveError unless this process sees a fragment that another rank wrote."""
         path = attempt.path / ref.path
         try:
-            nbytes = self._fs.stat(path).st_size
+            nbytes = self.fs.stat(path).st_size
         except OSError as problem:
             raise SaveError(f"{path}, which another rank wrote, is not there: {problem}") from problem
         if nbytes != ref.nbytes:
@@ -380,16 +385,16 @@ class CheckpointRoot(RootView):
         self._empty(self._staged_tracker(attempt))
 
     def _write_manifest(self, attempt: Attempt, manifest: Manifest) -> None:
-        self._fs.write_file(attempt.path / MANIFEST_NAME, manifest.to_bytes())
+        self.fs.write_file(attempt.path / MANIFEST_NAME, manifest.to_bytes())
         if self._tracker is not None:
-            self._fs.write_file(self._staged_tracker(attempt), self.layout.tracker_bytes(attempt.step))
+            self.fs.write_file(self._staged_tracker(attempt), self.layout.tracker_bytes(attempt.step))
         self.settle_part(attempt)
 
     def _settle(self) -> None:
         # An earlier publish could not fsync the root after its rename. Before more is built on
         # that, it must succeed.
         if self._unproven:
-            self._fs.fsync_dir(self.path)
+            self.fs.fsync_dir(self.path)
             with self._lock:
                 self._unproven = False
 
@@ -403,8 +408,8 @@ class CheckpointRoot(RootView):
         stale = [entry for entry in entries if entry.step > ceiling]
         for entry in stale:  # lowest first, each made durable: see the table
             hidden = self.path / f"{ABANDONED_PREFIX}{entry.path.name}-{attempt.id}"
-            self._fs.rename(entry.path, hidden)
-            self._fs.fsync_dir(self.path)
+            self.fs.rename(entry.path, hidden)
+            self.fs.fsync_dir(self.path)
         return bool(stale)
 
     def _move_tracker_back(self, attempt: Attempt, ceiling: int, entries: Collection[StepEntry]) -> None:
@@ -423,19 +428,19 @@ class CheckpointRoot(RootView):
         if tracked is not None and tracked > ceiling and kept:
             temporary = self.path / f"{TEMPORARY_PREFIX}back-{attempt.id}"
             try:
-                self._fs.replace_file(self._tracker, self.layout.tracker_bytes(max(kept)), temporary)
+                self.fs.replace_file(self._tracker, self.layout.tracker_bytes(max(kept)), temporary)
             except WriteError:
                 self._empty(temporary)
                 raise
 
     def _rename(self, attempt: Attempt, target: Path) -> None:
         try:
-            self._fs.rename(attempt.path, target)
+            self.fs.rename(attempt.path, target)
         except WriteError as problem:
             # NFS repeats a request whose answer was lost; the repetition fails although the
             # first one did it.
             try:
-                if Manifest.from_bytes(self._fs.read(target / MANIFEST_NAME)).attempt == attempt.id:
+                if Manifest.from_bytes(self.fs.read(target / MANIFEST_NAME)).attempt == attempt.id:
                     return
             except (OSError, LoadError):
                 pass
@@ -451,7 +456,7 @@ class CheckpointRoot(RootView):
             hint = f"{target.name} is committed, only the tracker does not name it; the next save moves it"
             on_phase("durable")
             if self._tracker is not None:
-                self._fs.rename(self._staged_tracker(attempt), self._tracker)
+                self.fs.rename(self._staged_tracker(attempt), self._tracker)
                 with self._lock:
                     self._unproven = True
                 self._settle()
@@ -515,10 +520,10 @@ class CheckpointRoot(RootView):
             if entry.manifest is None:
                 continue  # whose it is, nobody can tell
             hidden = self.path / f"{TRASH_PREFIX}{entry.path.name.lstrip('.')}-{entry.manifest.attempt}"
-            self._fs.rename(entry.path, hidden)
+            self.fs.rename(entry.path, hidden)
             trash.append(hidden)
         if trash:
-            self._fs.fsync_dir(self.path)  # first gone, then emptied: never visible and half empty
+            self.fs.fsync_dir(self.path)  # first gone, then emptied: never visible and half empty
         for path in trash:
             self._empty(path)
 
@@ -538,7 +543,7 @@ class CheckpointRoot(RootView):
     def _empty(self, path: Path) -> bool:
         """Remove something hidden. What resists is logged: the next start sweeps."""
         try:
-            self._fs.remove_tree(path)
+            self.fs.remove_tree(path)
         except WriteError as problem:
             _log.warning("left behind, swept at the next start: %s", problem)
             return False

@@ -1,7 +1,7 @@
 """The thread that turns written snapshots into visible steps, one at a time, in order; and the
 heartbeat of the lease beside it, which nothing holds up.
 
-    written and fenced -> fragment -> ballot                    every rank
+    written and fenced -> shared files closed -> fragment -> ballot    every rank
     all ballots -> .metadata, manifest -> lease still ours -> rename -> tracker -> retention    rank 0
     outcome                                                     every rank
 
@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from . import closing
 from .commit import Attempt, CheckpointRoot
 from .errors import CheckpointError, RankError, RootError, SaveError
 from .formats.distcp import merged_metadata, pickled_names
@@ -28,7 +29,7 @@ from .inflight import ABORT_S, Save
 from .lease import RootLease
 from .parts import Member
 from .ranks import Ballot, Outcome, Ranks, digest
-from .snapshot import Snapshot
+from .snapshot import CHUNK_NBYTES, Snapshot, crc32_combine
 
 _log = logging.getLogger(__name__)
 
@@ -123,14 +124,14 @@ class Committer:
     def _commit(self, save: Save) -> None:
         if self._ranks.is_first:
             try:
-                files = self._written(save)
+                files = self._in_step(save, self._closed(save, self._written(save)))
             except BaseException as error:
                 self._give_up(save, error)
                 raise
             self._publish(save, files)
             return
         try:
-            ballot = self._part(save, self._written(save))
+            ballot = self._part(save, self._in_step(save, self._closed(save, self._written(save))))
         except BaseException as error:
             # Rank 0 removes what has failed for another rank, also what is being written here.
             ended = self._ranks.ended_early(save.call)
@@ -155,7 +156,7 @@ class Committer:
         if save.error is not None:
             raise save.error
         save.mark("checked")
-        return self._in_step(save, snapshot.files())
+        return snapshot.files()
 
     def _in_step(self, save: Save, files: Sequence[FileEntry]) -> tuple[FileEntry, ...]:
         """What the plan has written, as files of the step; and what the layout adds for the part."""
@@ -166,6 +167,33 @@ class Committer:
             for path, data in self._root.layout.added_files(save.step, self._member.part).items():
                 found.append(self._root.add_file(attempt, path, data, files[0].block_nbytes))
         return tuple(found)
+
+    def _closed(self, save: Save, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        """With the files that ranks write together and this one closes, once all wrote their parts."""
+        snapshot, attempt = save.begun()
+        parts = snapshot.plan.shared
+        if not parts:
+            return files
+        places = self._ranks.parts.places(self._member.part)  # plans count within the part
+        handed = {part.path: snapshot.handed(part) for part in parts}
+        written = [part for part in parts if part.inside is not None or part.edges is not None]
+        for closer in sorted({part.closer for part in written}):
+            own = {part.path: handed[part.path] for part in written if part.closer == closer}
+            self._ranks.hand_over(save.call, places[closer], closing.to_bytes(own))
+        ours = [part for part in parts if part.closer == self._member.rank]
+        contributors = sorted({places[rank] for part in ours for rank in part.contributors()})
+        others = {
+            places.index(place): closing.from_bytes(data)
+            for place, data in self._ranks.take_over(save.call, contributors).items()
+        }
+        for part in ours:
+            of_all = {rank: said[part.path] for rank, said in others.items() if part.path in said}
+            of_all[self._member.rank] = handed[part.path]
+            entry = closing.close_file(self._root.fs, attempt, part, of_all, CHUNK_NBYTES, crc32_combine)
+            files = (*files, entry)
+        if ours:
+            save.mark("closed")
+        return files
 
     def _await_release(self, save: Save, snapshot: Snapshot) -> None:
         while not snapshot.wait_released(_LOOK_S):
@@ -301,7 +329,8 @@ class Committer:
         fragment = self._root.write_fragment(attempt, self._ranks.rank, files)
         self._root.settle_part(attempt)
         ballot = self._ballot(save, fragment)
-        self._ranks.say_layout(ballot, snapshot.plan.tree, snapshot.plan.layout)
+        if snapshot.plan.layout:
+            self._ranks.say_layout(ballot, snapshot.plan.tree, snapshot.plan.layout)
         return ballot
 
     def _take_part(self, save: Save, ballot: Ballot) -> None:

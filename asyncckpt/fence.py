@@ -8,7 +8,7 @@ large to copy inside save() is fenced before its next forward too.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ class StepFence:
         at_risk: addresses of the storages that saves in flight have not copied yet; asked at every
             optimizer step.
         optimizers: whose state is saved: their steps change that, whatever their parameters are.
-        model: whose forward changes buffers.
+        models: whose forwards change buffers.
         used: devices that hold the state, as far as is known.
 
     Attributes:
@@ -41,34 +41,34 @@ class StepFence:
         before_captured: Callable[[], None],
         at_risk: Callable[[], Iterable[frozenset[int]]],
         optimizers: Iterable[Any],
-        model: Any,
+        models: Sequence[torch.nn.Module],
         used: Iterable[int] = (),
     ) -> None:
         self._fence = fence
         self._before_captured = before_captured
         self._at_risk = at_risk
         self._optimizers = list(optimizers)
-        self._model = model
+        self._models = list(models)
         self._used = set(used)
         self._stepped_on: set[tuple[int, int]] = set()  # (device, stream)
         self._pid = os.getpid()
         # Not traced: a hook with side effects inside a compiled step runs into the recompile limit.
         self._untraced = cast("Callable[[Any], Any]", torch.compiler.disable)
         self._step_hook: Any = register_optimizer_step_pre_hook(self._untraced(self._before_step))
-        self._forward_hook: Any = None
+        self._forward_hooks: list[Any] = []
         self.step_was_captured = False
 
     def before_forward(self) -> None:
-        """Fence the model's next forward too. Only then is there a hook on the model at all."""
-        if self._forward_hook is None and isinstance(self._model, torch.nn.Module):
+        """Fence the next forwards too. Only then are there hooks on the models at all."""
+        if not self._forward_hooks:
             hook = self._untraced(self._before_forward)
-            self._forward_hook = self._model.register_forward_pre_hook(hook)
+            self._forward_hooks = [model.register_forward_pre_hook(hook) for model in self._models]
 
     def passed(self) -> None:
-        """Every save was fenced: the next forward may pass."""
-        if self._forward_hook is not None:
-            self._forward_hook.remove()
-            self._forward_hook = None
+        """Every save was fenced: the next forwards may pass."""
+        for hook in self._forward_hooks:
+            hook.remove()
+        self._forward_hooks = []
 
     def note_streams(self, used: Iterable[int] = ()) -> None:
         """Remember this thread's current streams of the devices in use: what changes the state is enqueued
@@ -111,7 +111,7 @@ class StepFence:
             (self._before_captured if captured else self._fence)()
 
     def _params(self) -> frozenset[int]:
-        params = list(self._model.parameters()) if isinstance(self._model, torch.nn.Module) else []
+        params = [param for model in self._models for param in model.parameters()]
         for optimizer in self._optimizers:
             params += [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]
         return frozenset(

@@ -14,7 +14,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -52,6 +52,27 @@ class Filesystem:
                 os.close(fd)
             raise
         with self._changing("close", path):  # NFS reports late write errors here
+            os.close(fd)
+
+    def write_into(self, path: Path, writes: Sequence[tuple[int, bytes]], nbytes: int) -> None:
+        """Write bytes at offsets of a file, made if it is not there; give it its size, and fsync it."""
+        with self._changing("open", path):
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            with self._changing("write", path):
+                for offset, data in writes:
+                    done = 0
+                    while done < len(data):
+                        done += os.pwrite(fd, memoryview(data)[done:], offset + done)
+            with self._changing("ftruncate", path):
+                os.ftruncate(fd, nbytes)
+            with self._changing("fsync", path):
+                os.fsync(fd)
+        except BaseException:
+            with suppress(OSError):  # the first failure is the one to report
+                os.close(fd)
+            raise
+        with self._changing("close", path):
             os.close(fd)
 
     def replace_file(self, path: Path, data: bytes, temporary: Path) -> None:

@@ -32,6 +32,7 @@ from .errors import (
 )
 from .formats.manifest import FileEntry
 from .layouts.dcp import own_path
+from .layouts.megatron import ModelRank
 from .layouts.place import Place
 from .parts import Member
 from .ranks import Ranks
@@ -86,7 +87,15 @@ class Loader:
         must_load: why the live state is not to be trusted until a load succeeds; None if it is.
     """
 
-    def __init__(self, root: CheckpointRoot, state: TrainingState, ranks: Ranks, member: Member) -> None:
+    def __init__(
+        self,
+        root: CheckpointRoot,
+        state: TrainingState,
+        ranks: Ranks,
+        member: Member,
+        model_rank: ModelRank | None = None,
+    ) -> None:
+        self._model_rank = model_rank
         self._root = root
         self._state = state
         self._ranks = ranks
@@ -236,6 +245,17 @@ class Loader:
             ) from failure
         raise RankError(f"{self._ranks.called(rank)} could not load: {text}") from failure
 
+    def _check_world(self, entry: StepEntry) -> None:
+        """A tree with a part per model-parallel rank is loaded by as many ranks as saved it."""
+        if self._model_rank is None or entry.manifest is None:
+            return
+        saved, here = entry.manifest.world_sizes[self._member.part], self._member.world_size
+        if saved != here:
+            raise LoadError(
+                f"{entry.path} was saved by {saved} ranks and is loaded by {here}: layout "
+                f"{self._root.layout.name!r} is not resharded. A checkpoint in the dcp layout can be"
+            )
+
     def _listed(self, entry: StepEntry) -> dict[str, FileEntry] | None:
         """What the files of this part must be in a step; None where nobody says."""
         if entry.too_new:
@@ -247,6 +267,7 @@ class Loader:
         if self._member.part not in entry.manifest.world_sizes:
             there = ", ".join(entry.manifest.world_sizes)
             raise LoadError(f"{entry.path} has no part {self._member.part!r}; it was saved by: {there}")
+        self._check_world(entry)
         holds = self._place(entry).holds
         fragments = self._root.read_fragments(entry)
         return {file.path: file for fragment in fragments for file in fragment.files if holds(file.path)}
@@ -272,12 +293,18 @@ class Loader:
         """What goes where; nothing is changed yet."""
         try:
             place = self._place(entry)
-            tree = restore.read_tree(files, place, trusted=trusted)
+            tree = restore.read_tree(
+                files,
+                place,
+                trusted=trusted,
+                model_rank=self._model_rank,
+                shared=self._state.shared_paths(),
+            )
             own = place.path(own_path(self._member.rank))
             if own in (files.entries or ()) and self._has_as_many_ranks(entry):
                 tree.update(restore.read_zip(files, own, trusted=trusted))
             tree = {name: branch for name, branch in tree.items() if name not in left}
-            restore.refuse_inert(tree, tuple(self._state.sections))
+            restore.refuse_inert(tree, self._state.restored())
             matching = self._state.match(tree)
             matching.missing_sections = [name for name in matching.missing_sections if name not in left]
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,15 +15,15 @@ _FLOOR_NBYTES = 64 << 20
 _STATE_PER_MODEL = 4  # weights, two moments of Adam, and room; a state that is larger streams through
 
 
-def default_host_memory_bytes(model: object, optimized: bool) -> int:
+def default_host_memory_bytes(models: Iterable[torch.nn.Module], optimized: bool) -> int:
     """Enough for the expected state, but at most a quarter of what this process may use.
 
     Memory is shared by the ranks of a node (LOCAL_WORLD_SIZE) and bounded by the cgroup.
     """
     model_nbytes = 0
-    if isinstance(model, torch.nn.Module):
+    for model in models:
         tensors = (t for t in (*model.parameters(), *model.buffers()) if not is_lazy(t))
-        model_nbytes = sum(t.numel() * t.element_size() for t in map(local_of, tensors))
+        model_nbytes += sum(t.numel() * t.element_size() for t in map(local_of, tensors))
     wanted = _FLOOR_NBYTES + model_nbytes * (_STATE_PER_MODEL if optimized else 1)
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
     ranks = max(1, int(told)) if told.isdigit() else 1

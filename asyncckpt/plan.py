@@ -19,13 +19,38 @@ import torch
 
 from . import devices
 from .errors import LeafError
-from .formats.image import FileImage
+from .formats.image import FileImage, Int64Array
 from .formats.pickles import BadPickleError, Pickled, StorageRef, find_inert, unpickle
 from .formats.refs import span_elements
 from .shards import local_of
 from .tree import Leaf, tensors_in
 
 NO_SLAB = -1  # in place of a slab's number; the same as kNoSlab in csrc/engine.h
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPart:
+    """A rank's part of a file that several ranks write; see `formats.slices`.
+
+    Attributes:
+        path: relative to the step directory.
+        closer: the rank that writes what is nobody's own.
+        digest: of all that does not depend on the rank; must be the same on all.
+        inside, edges: the images of what this rank writes, by their numbers in the plan; None for nothing.
+        image, spans: of the whole file, and who has what of it; on the closer alone.
+    """
+
+    path: str
+    closer: int
+    digest: str
+    inside: int | None
+    edges: int | None
+    image: FileImage | None = None
+    spans: Int64Array | None = None
+
+    def contributors(self) -> list[int]:
+        """On the closer: the ranks that have any of it."""
+        return [] if self.spans is None else sorted({*self.spans[:, 2].tolist()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +66,7 @@ class WritePlan:
         tree, layout: what the leaves are and where the items lie, for the rank that describes those of all
             ranks; empty if this plan does.
         groups: (ranks that hold the same tensors, digest of what they are), to be compared among those ranks.
+        shared: parts of files that several ranks write.
     """
 
     images: tuple[FileImage, ...]
@@ -51,6 +77,7 @@ class WritePlan:
     tree: bytes = b""
     layout: bytes = b""
     groups: tuple[tuple[str, str], ...] = ()
+    shared: tuple[SharedPart, ...] = ()
 
     def directories(self) -> set[str]:
         """Directories of the files, below the step's own."""
@@ -63,8 +90,8 @@ class WritePlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum(image.nbytes for image in self.images)
+        """Bytes that this rank writes."""
+        return sum(image.own_nbytes for image in self.images)
 
 
 @dataclass(frozen=True, eq=False)

@@ -238,12 +238,21 @@ class Ranks:
         theirs, ours = client.get(f"{self._run}/parts").decode(), str(self.parts)
         if theirs != ours:
             problem = f"{self.called(self.rank)} has parts {ours} where {self._first} has {theirs}"
-            client.set(self._other_parts, problem.encode())
+            client.set(f"{self._run}/other parts", problem.encode())
+            client.add(f"{self._run}/other parts/told", 1)
             raise OptionError(f"parts: {problem}")
 
-    @property
-    def _other_parts(self) -> str:
-        return f"{self._run}/other parts"
+    def _told_of_other_parts(self, others: Collection[int], enough: bool) -> str | None:
+        """Rank 0, before all have joined: what a rank with other parts has said, once all others are there to
+        hear of it; or at once, if it is `enough`."""
+        assert self._client is not None
+        key = f"{self._run}/other parts"
+        if self._joined.is_set() or not self.is_first or not self._client.has(key):
+            return None
+        come = sum(1 for beat in self.beats_of(list(others)) if beat)
+        if not enough and come + self._client.add(f"{key}/told", 0) < len(others):
+            return None
+        return self._client.get(key).decode()
 
     def _await_beginning(self, client: StoreClient, refused: str) -> dict[str, Any]:
         deadline = _Deadline(self._timeout_s, polling=self.world_size)
@@ -312,6 +321,67 @@ class Ranks:
                 self._client.set(f"{self._run}/{save}/failed", ballot.to_bytes())
                 self._hear()  # whatever the others make of it
             self._client.add(f"{self._run}/{save}/voted", 1)  # last: when all have voted, all is there
+
+    def hand_over(self, save: int, closer: int, data: bytes) -> None:
+        """Tell the rank that closes shared files what this one wrote of them; once, before the vote."""
+        if self._client is None or closer == self.rank:
+            return
+        # In the place of the last one, as ballots.
+        self._client.put_large(f"{self._run}/handed/{closer}/{self.rank}", b"%d " % save + data)
+        self._client.add(f"{self._run}/{save}/handed/{closer}", 1)
+
+    def take_over(self, save: int, ranks: Sequence[int]) -> dict[int, bytes]:
+        """What these ranks, all but this one, hand over to it.
+
+        Raises:
+            RankError: the save has failed elsewhere, or a rank does not hand over in time; it is named.
+        """
+        others = [rank for rank in ranks if rank != self.rank]
+        if self._client is None or not others:
+            return {}
+        client, key = self._client, f"{self._run}/{save}/handed/{self.rank}"
+        slots = [f"{self._run}/handed/{self.rank}/{rank}" for rank in others]
+        deadline = _Deadline(self._timeout_s)
+        watch = _Watch(self, others, self.world_size)
+        while client.add(key, 0) < len(others):
+            failed, outcome = f"{self._run}/{save}/failed", f"{self._run}/{save}/outcome"
+            if client.has(failed):
+                ballot = Ballot.from_bytes(client.get(failed))
+                raise RankError(f"{self.called(ballot.rank)}: {ballot.error}")
+            if client.has(outcome):
+                raise RankError("another rank's part has failed")
+            silent = watch.silent(lambda late: self._not_said(save, slots, others, late))
+            if silent is not None:
+                raise self._silence_of(silent)
+            if not deadline.pause():
+                missing = self._not_said(save, slots, others, others)
+                raise RankError(
+                    f"{self.called(*missing)} wrote no part of its files within {self._timeout_s:g} s"
+                )
+        client.delete(key)
+        found = {}
+        for rank, slot in zip(others, slots, strict=True):
+            number, _, data = client.get_large(slot).partition(b" ")
+            if int(number) != save:
+                raise RankError(f"{self.called(rank)} went on to its next save before this one was decided")
+            found[rank] = data
+        return found
+
+    def _not_said(
+        self, save: int, slots: Sequence[str], of: Sequence[int], among: Sequence[int]
+    ) -> list[int]:
+        """Those of `among` whose slot holds nothing of this save."""
+        assert self._client is not None
+        asked = {slot: rank for slot, rank in zip(slots, of, strict=True) if rank in set(among)}
+        absent = set(self._client.absent(list(asked)))
+        there = [slot for slot in asked if slot not in absent]
+        heads = [data.partition(b" ")[2] for data in self._client.get_all(there)]
+        said = {
+            asked[slot]
+            for slot, head in zip(there, heads, strict=True)
+            if int(head.partition(b" ")[0]) >= save
+        }
+        return [rank for rank in among if rank not in said]
 
     def say_layout(self, ballot: Ballot, tree: bytes, layout: bytes) -> None:
         """Tell rank 0 where this rank's items lie, unless it knows, and what the leaves are, unless some rank
@@ -545,10 +615,11 @@ class Ranks:
         watched = _Watch(self, [rank for rank in ranks if rank != self.rank], self.world_size)
         while not self._client.has(*keys):
             silent = watched.silent(lambda late: self._lacking(keys, ranks, late))
+            odd = self._told_of_other_parts(ranks, enough=silent is not None)
+            if odd is not None:
+                raise RankError(odd)
             if silent is not None:
                 raise self._silence_of(silent)
-            if not self._joined.is_set() and self._client.has(self._other_parts):
-                raise RankError(self._client.get(self._other_parts).decode())
             if not deadline.pause():
                 raise RankError(
                     f"{self.called(*self._lacking(keys, ranks, ranks))} took longer than {timeout_s:g} s {to}"

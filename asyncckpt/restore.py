@@ -16,7 +16,7 @@ import errno
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ from .formats import distcp, torch_zip
 from .formats.manifest import FileEntry, check_path
 from .formats.pickles import SparseRef, TensorRef, find_inert
 from .formats.refs import span_elements
-from .layouts.megatron import model_path
+from .layouts.megatron import ModelRank
 from .layouts.megatron_tree import from_megatron
 from .layouts.place import Place
 from .layouts.rlinf import DATA_NAME
 from .layouts.rlinf_tree import from_rlinf
-from .shards import Block, Blocks, local_of
-from .tree import NeededTensor, StoredPart, StoredTensor, UnparsedPart, rebuilt, unflatten
+from .shards import local_of
+from .shared import SHARED_BRANCH
+from .tree import Read, StoredPart, StoredTensor, UnparsedPart, rebuilt, unflatten
 
 _THREADS = 4
 _BLOCK_NBYTES = 4 << 20  # of reads from files without a manifest
@@ -147,15 +148,30 @@ def _raise_if_ours(path: str, operation: str, number: int | None) -> None:
 # ---------------------------------------------------------------------------- what is stored
 
 
-def read_tree(files: StepFiles, place: Place, *, trusted: bool = False) -> dict[str, Any]:
+def read_tree(
+    files: StepFiles,
+    place: Place,
+    *,
+    trusted: bool = False,
+    model_rank: ModelRank | None = None,
+    shared: Sequence[str] = (),
+) -> dict[str, Any]:
     """The tree of a part of a step, with a StoredTensor for every tensor.
+
+    Args:
+        model_rank: which part of a model this process has, where a tree has parts.
+        shared: paths of files that ranks wrote together, of which this process has something; their contents
+            come in the branch for those, by path.
 
     Raises:
         CorruptStepError: something cannot be parsed.
         LoadError: it holds what this version cannot load (sparse tensors, say).
     """
     if place.format == "megatron":
-        return _read_megatron(files, place, trusted)
+        tree = _read_megatron(files, place, trusted, model_rank or ModelRank())
+        if shared:
+            tree[SHARED_BRANCH] = {path: _read_any(files, place.path(path), trusted) for path in shared}
+        return tree
     if place.format == "driver":
         return _read_driver(files, place, trusted)
     if place.format == "rlinf-dcp":
@@ -256,14 +272,25 @@ def _as_path(path: Any, name: str) -> tuple[str | int, ...]:
     return (head, rest) if rest else (head,)
 
 
-def _read_megatron(files: StepFiles, place: Place, trusted: bool) -> dict[str, Any]:
-    ranks = sorted(path.name for path in (files.directory / place.base).glob("mp_rank_*"))
-    if ranks and ranks != ["mp_rank_00"]:
+def _read_megatron(files: StepFiles, place: Place, trusted: bool, model_rank: ModelRank) -> dict[str, Any]:
+    directory = files.directory / place.base
+    found = {path.name for path in directory.glob("mp_rank_*")}
+    expected = model_rank.directories()
+    if found > expected or (found and not found & expected):
         raise LoadError(
-            f"{files.directory} was saved by {len(ranks)} model-parallel ranks; one process cannot load it. "
+            f"{directory} has the parts of {len(found)} model-parallel ranks ({_some(found)}), here "
+            f"are {len(expected)} ({_some(expected)}): it can only be loaded by as many, in the same roles. "
             f"A checkpoint in the dcp layout can be resharded"
         )
-    return from_megatron(read_zip(files, place.path(model_path()), trusted=trusted))
+    if expected - found:
+        missing = _some(expected - found)
+        raise CorruptStepError(str(directory), f"parts of the model are missing: {missing}")
+    return from_megatron(read_zip(files, place.path(model_rank.model_path), trusted=trusted))
+
+
+def _some(names: set[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
 
 
 def _read_driver(files: StepFiles, place: Place, trusted: bool) -> dict[str, Any]:
@@ -275,14 +302,19 @@ def _read_driver(files: StepFiles, place: Place, trusted: bool) -> dict[str, Any
 
 def read_zip(files: StepFiles, name: str, *, trusted: bool = False) -> dict[str, Any]:
     """The dict in a file of torch.save, with a StoredTensor for every tensor."""
+    tree = _read_any(files, name, trusted)
+    if not isinstance(tree, Mapping):
+        raise CorruptStepError(files.path(name), f"holds a {type(tree).__name__}, not a state dict")
+    return dict(tree)
+
+
+def _read_any(files: StepFiles, name: str, trusted: bool) -> Any:
     nbytes = files.nbytes(name)
     try:
         tree = torch_zip.read_tree(files.reader(name), 0, nbytes, trusted=trusted)
     except ValueError as error:
         raise CorruptStepError(files.path(name), str(error)) from error
-    if not isinstance(tree, Mapping):
-        raise CorruptStepError(files.path(name), f"holds a {type(tree).__name__}, not a state dict")
-    return dict(_stored(tree, name))
+    return _stored(tree, name)
 
 
 def _stored(value: Any, file: str) -> Any:
@@ -325,7 +357,7 @@ class _FileReads:
 
 def read_tensors(
     files: StepFiles,
-    reads: list[tuple[str, NeededTensor, torch.Tensor]],
+    reads: Sequence[Read],
     *,
     verify_only: bool = False,
     share: tuple[int, int] = (0, 1),
@@ -342,9 +374,7 @@ def read_tensors(
     wanted: dict[str, _FileReads] = {name: _FileReads() for name in files.entries or ()}
     copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, from); in order, so that the last wins
     values: dict[StoredPart, torch.Tensor] = {}  # where each item is read to: once, whatever its names
-    blocks = Blocks(1)
-    wholes = [] if verify_only else [(s, blocks.of(name, live), live) for name, s, live in reads]
-    targets = [(part, target) for each in wholes for part, target in _targets(*each)]
+    targets = [placed for read in reads if not verify_only for placed in _targets(read)]
     contested = _contested(targets)
     for index, (part, target) in enumerate(targets):
         if part not in values:
@@ -366,10 +396,9 @@ def read_tensors(
                 _copy(target, value)
 
 
-def _targets(
-    stored: NeededTensor, block: Block, live: torch.Tensor
-) -> Iterator[tuple[StoredPart, torch.Tensor]]:
+def _targets(read: Read) -> Iterator[tuple[StoredPart, torch.Tensor]]:
     """What is stored of the block that is here, and the memory it goes to."""
+    _, stored, block, live = read
     for whole in stored.parts:
         part = whole.within(block.offsets, block.shape, stored.dtype.itemsize)
         if part is None or not part.nbytes:

@@ -20,16 +20,18 @@ from typing import Any
 import torch
 
 from . import _native, devices
+from .closing import Handed
 from .errors import DeviceError, OptionError, SaveError, TornStateError, WriteError
 from .formats.image import NO_RECORD
 from .formats.manifest import FileEntry
+from .formats.slices import Run
 from .options import FOREVER_S
-from .plan import Planned, WritePlan
+from .plan import Planned, SharedPart, WritePlan
 from .shards import is_sharded, local_of
 
 _log = logging.getLogger(__name__)
 
-_CHUNK_NBYTES = 4 << 20  # also the block of a CRC in the manifest; fewer would slow the disk down
+CHUNK_NBYTES = 4 << 20  # also the block of a CRC in the manifest; fewer would slow the disk down
 _CHUNK_NBYTES_MIN = 4096
 _CHUNKS_MIN = 8  # below this, copying and writing cannot overlap: chunks get smaller instead
 _RESERVE_NBYTES_MAX = 16 << 20  # for what save() copies itself
@@ -97,6 +99,8 @@ def _unseen(live: list[tuple[str, torch.Tensor]]) -> frozenset[str]:
 
 
 # ---------------------------------------------------------------------------- engine
+
+crc32_combine = _native.crc32_combine
 
 
 class Snapshot:
@@ -218,10 +222,22 @@ class Snapshot:
                     )
 
     def files(self) -> tuple[FileEntry, ...]:
-        """What was written, for the manifest."""
-        return tuple(
-            FileEntry(image.path, image.nbytes, self._engine.chunk_nbytes, tuple(self._job.block_crcs(index)))
-            for index, image in enumerate(self._plan.images)
+        """What was written, for the manifest; without what belongs to files that several ranks write."""
+        apart = {index for part in self._plan.shared for index in (part.inside, part.edges)}
+        return tuple(self._entry(index) for index in range(len(self._plan.images)) if index not in apart)
+
+    def handed(self, part: SharedPart) -> Handed:
+        """What was written of a file that several ranks write."""
+        return Handed(
+            part.digest,
+            () if part.inside is None else tuple(Run(*run) for run in self._job.runs(part.inside)),
+            None if part.edges is None else self._entry(part.edges),
+        )
+
+    def _entry(self, index: int) -> FileEntry:
+        image = self._plan.images[index]
+        return FileEntry(
+            image.path, image.nbytes, self._engine.chunk_nbytes, tuple(self._job.block_crcs(index))
         )
 
     def times_s(self) -> tuple[float, float, float, float, float]:
@@ -275,7 +291,7 @@ class Stager:
     ) -> None:
         self.reserve_nbytes = min(_RESERVE_NBYTES_MAX, host_memory_bytes // 8)
         arena_nbytes = host_memory_bytes - self.reserve_nbytes
-        chunk_nbytes = _CHUNK_NBYTES
+        chunk_nbytes = CHUNK_NBYTES
         while chunk_nbytes > _CHUNK_NBYTES_MIN and chunk_nbytes * _CHUNKS_MIN > arena_nbytes:
             chunk_nbytes //= 2
         try:
@@ -339,7 +355,9 @@ class Stager:
     def _images(self, plan: WritePlan) -> list[_native.Image]:
         if self._compiled is None or self._compiled[0] is not plan:
             images = [
-                _native.make_image(i.path, i.nbytes, i.literals, i.extents, i.fixups, i.records)
+                _native.make_image(
+                    i.path, i.nbytes, i.literals, i.extents, i.fixups, i.records, partial=i.partial
+                )
                 for i in plan.images
             ]
             self._compiled = (plan, images)

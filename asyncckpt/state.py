@@ -2,7 +2,7 @@
 
 The tree has one branch per object, in this order, whatever the layout:
 
-    model         fully qualified name -> tensor
+    model         fully qualified name -> tensor; model0, model1, ... where it comes in chunks
     optimizer     state: {name of parameter: {...}}, param_groups: [{..., params: [names]}]
     lr_scheduler, dataloader, extra, per_rank    what their state_dict() says
     rng           python, numpy, torch (and cuda: one state per device)
@@ -28,11 +28,12 @@ import torch
 
 from .devices import devices_of
 from .errors import OptionError
-from .sections import GroupSection, Section, Stateful, StatefulSection
+from .sections import BringsSections, GroupSection, Section, SharedSection, Stateful, StatefulSection
 from .sections.generators import RngSection
 from .sections.model import ModelSection, own_name, unwrapped
 from .sections.optimizer import OptimizerSection
 from .sections.values import ValueSection
+from .shared import SHARED_BRANCH
 from .tree import Matching, StateTree
 
 
@@ -57,15 +58,15 @@ class TrainingState:
         per_rank: Any = None,
         rng: bool = True,
     ) -> None:
-        model = unwrapped(model)
-        self.sections: dict[str, Section] = {}
+        self.models = {
+            name: ModelSection(_stateful(name, unwrapped(one))) for name, one in named_models(model).items()
+        }
+        self.sections: dict[str, Section] = dict(self.models)
         self.capture_s: dict[str, float] = {}
-        self.model = ModelSection(_stateful("model", model)) if model is not None else None
-        if self.model is not None:
-            self.sections["model"] = self.model
         names: dict[torch.Tensor, str] = {}
-        if isinstance(model, torch.nn.Module):
-            names = {param: own_name(name) for name, param in model.named_parameters()}
+        for section_name, one in self.models.items():
+            prefix = "" if section_name == "model" else f"{section_name}."
+            names.update({param: f"{prefix}{own_name(name)}" for name, param in one.named_parameters()})
         self.optimizers: list[Any] = []
 
         def section(value: Any) -> Section:
@@ -85,13 +86,16 @@ class TrainingState:
                 self._add(name, values, StatefulSection)
         if not self.sections:
             raise OptionError("there is nothing to save: pass a model, an optimizer, or extra")
-        if rng:
+        if rng and "rng" not in self.sections:
             self.sections["rng"] = RngSection()
 
     def _add(self, name: str, value: Any, make: Callable[[Any], Section]) -> None:
         if value is None:
             return
-        if isinstance(value, Stateful):
+        if isinstance(value, BringsSections):
+            self.sections.update(value.sections())
+            self.optimizers += value.optimizers()
+        elif isinstance(value, Stateful):
             self.sections[name] = make(value)
         elif isinstance(value, Mapping):
             self.sections[name] = GroupSection(
@@ -107,8 +111,8 @@ class TrainingState:
     def capture(self, step: int) -> StateTree:
         """The tree at this moment. Tensors are the live ones, or aliases of them."""
         tree = StateTree()
-        if self.model is not None:
-            tree.parameters = self.model.parameters()
+        if "model" in self.models:
+            tree.parameters = self.models["model"].parameters()
         for name, section in self.sections.items():
             began_s = time.perf_counter()
             tree[name] = section.capture()
@@ -116,11 +120,25 @@ class TrainingState:
         tree["step"] = step
         return tree
 
+    def modules(self) -> list[torch.nn.Module]:
+        """The models that are modules."""
+        found = (section.model for section in self.models.values())
+        return [model for model in found if isinstance(model, torch.nn.Module)]
+
+    def buffers(self) -> set[int]:
+        """Addresses of what forwards may change."""
+        return set().union(*(section.buffers() for section in self.models.values()))
+
+    def shared_paths(self) -> tuple[str, ...]:
+        """Of the files that ranks write together, those of which this one has something."""
+        section = self.sections.get(SHARED_BRANCH)
+        return section.paths() if isinstance(section, SharedSection) else ()
+
     def devices(self) -> list[int]:
         """Ordinals of the CUDA devices that hold parameters or buffers now; others may come."""
         tensors: list[Any] = []
-        if self.model is not None and isinstance(self.model.model, torch.nn.Module):
-            tensors += [*self.model.model.parameters(), *self.model.model.buffers()]
+        for one in self.modules():
+            tensors += [*one.parameters(), *one.buffers()]
         for optimizer in self.optimizers:
             for group in getattr(optimizer, "param_groups", ()):
                 tensors += group["params"]
@@ -134,10 +152,18 @@ class TrainingState:
             if isinstance(section, ValueSection):
                 section.hold_back_arrays()
 
+    def restored(self) -> tuple[str, ...]:
+        """Names of the sections that a load brings back; the others are for other tools to read."""
+        return tuple(
+            name for name, section in self.sections.items() if not getattr(section, "write_only", False)
+        )
+
     def match(self, tree: Mapping[str, Any]) -> Matching:
         """Where everything in a stored tree goes. Changes nothing yet."""
         matching = Matching()
         for name, section in self.sections.items():
+            if name not in self.restored():
+                continue
             if name in tree:
                 section.match(name, tree[name], matching)
             else:
@@ -145,6 +171,13 @@ class TrainingState:
         known = {*self.sections, "step", "rng"}  # generators may be left alone: save_rng=False
         matching.unexpected_sections += [name for name in tree if name not in known]
         return matching
+
+
+def named_models(model: Any) -> dict[str, Any]:
+    """A model, or the chunks that one is made of, by their sections."""
+    if isinstance(model, list | tuple):
+        return {f"model{index}": chunk for index, chunk in enumerate(model)}
+    return {} if model is None else {"model": model}
 
 
 def _stateful(name: str, value: Any) -> Any:

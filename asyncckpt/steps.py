@@ -67,7 +67,7 @@ class RootView:
         self.path = path
         self._parts = tuple(parts.world_sizes) if parts is not None and parts.declared else ()
         self.layout = layout
-        self._fs = fs if fs is not None else Filesystem()
+        self.fs = fs if fs is not None else Filesystem()
         self._tracker = None if layout.tracker_name is None else path / layout.tracker_name
 
     def entries(self) -> list[StepEntry]:
@@ -124,7 +124,7 @@ class RootView:
 
     def _has_manifest(self, path: Path) -> bool:
         try:
-            return MANIFEST_NAME in self._fs.listdir(path)
+            return MANIFEST_NAME in self.fs.listdir(path)
         except OSError:
             return False
 
@@ -155,7 +155,7 @@ class RootView:
         for ref in entry.manifest.fragments:
             path = entry.path / ref.path
             try:
-                data = self._fs.read(path)
+                data = self.fs.read(path)
             except OSError as problem:
                 if isinstance(problem, FileNotFoundError) and not entry.path.exists():
                     raise StepNotFoundError(f"step {entry.step} was deleted while it was read") from None
@@ -179,7 +179,7 @@ class RootView:
         if self._tracker is None:
             return None
         try:
-            return self.layout.parse_tracker(self._fs.read(self._tracker))
+            return self.layout.parse_tracker(self.fs.read(self._tracker))
         except FileNotFoundError:
             return None
         except OSError as problem:
@@ -187,7 +187,7 @@ class RootView:
 
     def _names(self) -> list[str]:
         try:
-            return self._fs.listdir(self.path)
+            return self.fs.listdir(self.path)
         except FileNotFoundError:
             return []
         except OSError as problem:
@@ -203,7 +203,7 @@ class RootView:
     def _look_at(self, step: int, path: Path, tracked: int | None) -> StepEntry | None:
         """The entry at `path`, or None if it is no directory, or gone."""
         try:
-            data = self._fs.read(path / MANIFEST_NAME)
+            data = self.fs.read(path / MANIFEST_NAME)
         except FileNotFoundError:
             return self._look_at_foreign(step, path, tracked)
         except NotADirectoryError:
@@ -225,7 +225,7 @@ class RootView:
 
     def _look_at_foreign(self, step: int, path: Path, tracked: int | None) -> StepEntry | None:
         try:
-            names = self._fs.listdir(path)
+            names = self.fs.listdir(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as problem:
@@ -239,7 +239,7 @@ class RootView:
 
     def _nbytes(self, path: Path) -> int | None:
         try:
-            return self._fs.stat(path).st_size
+            return self.fs.stat(path).st_size
         except OSError:
             return None
 

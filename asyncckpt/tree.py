@@ -18,7 +18,8 @@ import torch
 from . import devices
 from .errors import LeafError
 from .formats.refs import span_elements
-from .shards import Block, Blocks
+from .shards import Block, Blocks, Holders
+from .shared import SharedFile, SlicedTensor
 
 Path = tuple[str | int, ...]
 
@@ -106,13 +107,18 @@ def unflatten(leaves: Iterator[tuple[Path, Any]]) -> dict[str, Any]:
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested mappings, lists and tuples, in their order; also if they contain themselves."""
+    """Every tensor in nested mappings, lists and tuples, in their order, also if they contain themselves; of
+    files that ranks share, this rank's pieces."""
     seen: set[int] = set()
     rest = [value]
     while rest:
         value = rest.pop()
         if isinstance(value, torch.Tensor):
             yield value
+        elif isinstance(value, SlicedTensor):
+            yield from (piece for _, piece in value.pieces)
+        elif isinstance(value, SharedFile):
+            rest.append(value.content)
         elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             rest += reversed(list(value.values()) if isinstance(value, Mapping) else value)
@@ -278,6 +284,15 @@ class NeededTensor(NamedTuple):
     parts: tuple[StoredPart, ...]
 
 
+class Read(NamedTuple):
+    """What is stored of a block of a tensor, and the live tensor whose memory it goes to."""
+
+    name: str
+    stored: NeededTensor
+    block: Block
+    live: torch.Tensor
+
+
 def fits(live: torch.Tensor, stored: StoredTensor) -> bool:
     """Whether a stored tensor has the live one's shape and dtype."""
     return tuple(live.shape) == stored.shape and live.dtype == stored.dtype
@@ -288,7 +303,7 @@ class Matching:
     """What a load has to do.
 
     Attributes:
-        reads: stored tensors and the live memory they go to.
+        reads: what is stored of a block of a tensor, and the live memory it goes to.
         afterwards: run in order once every read was verified.
         missing: leaves that the live objects have and the checkpoint has not.
         unexpected: leaves that only the checkpoint has.
@@ -296,7 +311,7 @@ class Matching:
         differences: leaves that both have but that do not fit.
     """
 
-    reads: list[tuple[str, NeededTensor, torch.Tensor]] = field(default_factory=list)
+    reads: list[Read] = field(default_factory=list)
     afterwards: list[Callable[[], None]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -323,8 +338,23 @@ class Matching:
         else:
             self._read(name, stored, live)
 
+    def into_slice(self, name: str, stored: Any, begin: int, live: torch.Tensor) -> None:
+        """Plan to read into `live`, a flat tensor, what a flat `stored` one has from element `begin` on."""
+        end = begin + live.numel()
+        if not isinstance(stored, StoredTensor) or len(stored.shape) != 1 or stored.shape[0] < end:
+            self.differences.append(f"{name}: {end} elements here, not so many in the checkpoint")
+        elif stored.dtype != live.dtype:
+            self.differences.append(
+                f"{name}: {describe(live.dtype, live.shape)} here, "
+                f"{describe(stored.dtype, stored.shape)} in the checkpoint"
+            )
+        else:
+            block = Block(stored.shape, (begin,), (live.numel(),), Holders("", ()))
+            self.reads.append(Read(name, stored.needed(block), block, live))
+
     def _read(self, name: str, stored: StoredTensor, live: torch.Tensor) -> None:
-        self.reads.append((name, stored.needed(self._blocks.of(name, live)), live))
+        block = self._blocks.of(name, live)
+        self.reads.append(Read(name, stored.needed(block), block, live))
 
     def fresh(self, name: str, stored: Any, like: torch.Tensor | None = None) -> Any:
         """`stored` with new tensors in place of stored ones, to be filled by the reads.

@@ -34,7 +34,7 @@ def test_known_names() -> None:
     assert MegatronLayout().step_name(50) == "iter_0000050"
     assert MegatronLayout().step_name(12345678) == "iter_12345678"
     assert dcp.data_path(1) == "__1_0.distcp"
-    assert megatron.model_path() == "mp_rank_00/model_optim_rng.pt"
+    assert megatron.ModelRank().model_path == "mp_rank_00/model_optim_rng.pt"
 
 
 @pytest.mark.parametrize(

@@ -491,7 +491,7 @@ def open_wrongly(talk: Talk, rank: int, root: Path) -> list[str]:
 
 def test_wrong_options_are_refused_on_all(world: World, tmp_path: Path) -> None:
     for rank, (layout, busy, file) in enumerate(world.run(2, open_wrongly, tmp_path / "root")):
-        assert "use 'dcp'" in layout
+        assert "pass model_rank, or use layout 'dcp'" in layout
         assert "would not skip the same saves" in busy
         assert file.startswith("RootError: " if rank == 0 else "RankError: rank 0 could not begin: RootError")
 

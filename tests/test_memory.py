@@ -57,12 +57,12 @@ def test_the_default_is_enough_for_the_state_and_shared_by_the_ranks_of_a_node(
 ) -> None:
     model = nn.Linear(4096, 4096)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    alone = memory.default_host_memory_bytes(model, True)
+    alone = memory.default_host_memory_bytes([model], True)
     weights = sum(p.nbytes for p in model.parameters())
     assert alone >= min(3 * weights, memory.available_bytes() // 4)
-    assert memory.default_host_memory_bytes(model, False) < alone
+    assert memory.default_host_memory_bytes([model], False) < alone
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(1 << 30))
-    assert memory.default_host_memory_bytes(model, True) == 64 << 20
+    assert memory.default_host_memory_bytes([model], True) == 64 << 20
     assert memory.available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

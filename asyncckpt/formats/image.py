@@ -48,6 +48,11 @@ class FileImage:
     records: int
     partial: bool = False
 
+    @property
+    def own_nbytes(self) -> int:
+        """Bytes that it covers."""
+        return int(self.extents[:, 1].sum()) if self.partial else self.nbytes
+
     def render(self, sources: Sequence[bytes]) -> bytes:
         """The file's bytes, given the bytes of each source: the reference that the engine must equal."""
         out = bytearray(self.nbytes)

@@ -10,6 +10,7 @@ import copyreg
 import io
 import pickle
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ from torch.storage import TypedStorage
 from asyncckpt.errors import LeafError
 from asyncckpt.formats.inert import Inert, children, find_inert
 from asyncckpt.formats.refs import BadPickleError, SparseRef, StorageRef, TensorRef
-from asyncckpt.formats.tensor_form import TypedView, form_of
+from asyncckpt.formats.tensor_form import Elsewhere, TypedView, form_of
 from asyncckpt.formats.unpickle import unpickle
 
 __all__ = [
-    "BadPickleError", "Inert", "Pickled", "SparseRef", "StorageRef", "TensorRef",
+    "BadPickleError", "Elsewhere", "Inert", "Pickled", "SparseRef", "StorageRef", "TensorRef",
     "find_inert", "pickle_tree", "unpickle",
 ]  # fmt: skip
 
@@ -39,11 +40,14 @@ class Pickled:
         data: the pickle; `data.pkl` of an archive.
         storages: by key; held, so that their memory stays.
         tensors: every tensor met on the way, once each, for guards that watch version counters.
+        elsewhere: in place of storages, also by key, those whose bytes are not at hand. A tree has the one or
+            the other.
     """
 
     data: bytes
     storages: tuple[torch.UntypedStorage, ...]
     tensors: tuple[torch.Tensor, ...]
+    elsewhere: tuple[Elsewhere, ...] = ()
 
 
 def pickle_tree(tree: Any, *, where: str) -> Pickled:
@@ -62,7 +66,12 @@ def pickle_tree(tree: Any, *, where: str) -> Pickled:
         pickler.dump(tree)
     except Exception as error:  # a leaf's own code may raise anything
         raise LeafError(_blame(tree, where, error)) from error
-    return Pickled(sink.getvalue(), tuple(pickler.storages), tuple(pickler.tensors.values()))
+    return Pickled(
+        sink.getvalue(),
+        tuple(pickler.storages),
+        tuple(pickler.tensors.values()),
+        tuple(pickler.elsewhere),
+    )
 
 
 class _QuantisedError(Exception):
@@ -94,6 +103,7 @@ class _TreePickler(pickle.Pickler):
     def __init__(self, sink: io.BytesIO) -> None:
         super().__init__(sink, protocol=_PROTOCOL)
         self.storages: list[torch.UntypedStorage] = []
+        self.elsewhere: list[Elsewhere] = []
         self.tensors: dict[int, torch.Tensor] = {}
         self._keys: dict[int, str] = {}
         self._dtypes: dict[int, torch.dtype] = {}  # of the first storage seen at an address
@@ -109,6 +119,8 @@ class _TreePickler(pickle.Pickler):
             kind = self._kinds[cls] = _kind_of(cls)
         if kind == _PLAIN:
             return None
+        if kind == _TYPED_VIEW and isinstance(obj.storage, Elsewhere):
+            return self._elsewhere_id(obj, obj.storage)
         if kind == _TYPED_VIEW:
             return self._storage_id(obj.storage, obj.dtype, obj.kind, obj.elements, None)
         if kind == _TYPED_STORAGE:
@@ -133,6 +145,13 @@ class _TreePickler(pickle.Pickler):
         self.tensors[id(tensor)] = tensor
         self._skip_data = kind == _PARAMETER
 
+    def _elsewhere_id(self, view: TypedView, storage: Elsewhere) -> tuple[str, type, str, str, int]:
+        key = self._keys.get(id(storage))
+        if key is None:
+            key = self._keys[id(storage)] = str(len(self._keys))
+            self.elsewhere.append(storage)
+        return ("storage", view.kind, key, "cpu", view.elements)
+
     def _storage_id(
         self, storage: torch.UntypedStorage, dtype: torch.dtype, kind: type, elements: int, fake_device: Any
     ) -> tuple[str, type, str, str, int]:
@@ -151,6 +170,8 @@ class _TreePickler(pickle.Pickler):
         return ("storage", kind, key, location, elements)
 
     def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is Elsewhere:
+            return _reduce_elsewhere(obj)
         if type(obj) is not torch.Tensor or not self._is_tensor_plain:
             return NotImplemented
         if (
@@ -170,6 +191,14 @@ class _TreePickler(pickle.Pickler):
         shape, stride = tuple(obj.shape), obj.stride()
         offset = int(obj.storage_offset())
         return form.reduce(storage, storage.nbytes(), offset, shape, stride, obj.requires_grad)
+
+
+def _reduce_elsewhere(tensor: Elsewhere) -> Any:
+    form = form_of(tensor.dtype)
+    if form is None:
+        raise TypeError(f"a tensor of {tensor.dtype} whose bytes are not at hand")
+    stride = tuple(prod(tensor.shape[dim + 1 :]) for dim in range(len(tensor.shape)))
+    return form.reduce(tensor, tensor.nbytes(), 0, tensor.shape, stride, False)
 
 
 # ---------------------------------------------------------------------------- naming the culprit

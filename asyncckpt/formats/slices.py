@@ -83,10 +83,12 @@ def spans_of(image: FileImage, slices: Int64Array) -> Int64Array:
     outside = bool((table[:, 1] < 0).any() or (table[:, 2] > sizes[table[:, 0]]).any())
     if overlap or outside or not np.array_equal(covered, sizes):
         raise SliceError(f"{image.path}: the slices do not tile its records")
-    return _joined(spans)
+    return joined(spans)
 
 
-def _joined(spans: Int64Array) -> Int64Array:
+def joined(spans: Int64Array) -> Int64Array:
+    """Spans in file order, neighbours of one rank joined."""
+    spans = spans[np.argsort(spans[:, 0], kind="stable")]
     if not len(spans):
         return spans
     begins = np.ones(len(spans), bool)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,22 @@ from torch.serialization import normalize_storage_type
 from torch.storage import TypedStorage
 
 
+class Elsewhere:
+    """A contiguous tensor on the host with a storage of its own, whose bytes are not at hand."""
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.dtype = dtype
+        self.shape = shape
+
+    def nbytes(self) -> int:
+        """Of its storage, as `UntypedStorage.nbytes`."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
 class TypedView(NamedTuple):
     """A storage as a pickle mentions it: the bytes, the dtype they are seen as, the class named for it."""
 
-    storage: torch.UntypedStorage | None
+    storage: torch.UntypedStorage | Elsewhere | None
     dtype: torch.dtype
     kind: type
     elements: int
@@ -37,7 +50,7 @@ class TensorForm(NamedTuple):
 
     def reduce(
         self,
-        storage: torch.UntypedStorage | None,
+        storage: torch.UntypedStorage | Elsewhere | None,
         storage_nbytes: int,
         offset: int,
         shape: tuple[int, ...],

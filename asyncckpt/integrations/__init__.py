@@ -1,1 +1,1 @@
-"""How the loops of others call us. Each module here knows one of them; none imports it."""
+"""What is known of one framework alone. Nothing else imports these rooms, and they import it when used."""

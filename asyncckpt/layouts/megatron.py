@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import CorruptStepError, LoadError, StepError
 from .place import NOTHING_THERE, Place, SizeOf, directory_of
@@ -20,9 +20,49 @@ _STEP = re.compile(r"iter_([0-9]{7,18})")
 _ITERATION = re.compile(rb"[0-9]{1,18}")
 
 
-def model_path(tensor_rank: int = 0) -> str:
-    """The model file of a tensor-parallel rank, relative to the step directory."""
-    return f"mp_rank_{tensor_rank:02d}/model_optim_rng.pt"
+@dataclass(frozen=True)
+class ModelRank:
+    """Where a rank stands in a model that is spread over ranks, and so which files are its.
+
+    Attributes:
+        tensor, pipeline, expert: its ranks in these groups.
+        tensor_size, pipeline_size, expert_size: how many there are.
+        writes_model: whether it is the rank of its data-parallel group that writes `model_optim_rng.pt`.
+    """
+
+    tensor: int = 0
+    pipeline: int = 0
+    expert: int = 0
+    tensor_size: int = 1
+    pipeline_size: int = 1
+    expert_size: int = 1
+    writes_model: bool = True
+
+    @property
+    def directory(self) -> str:
+        """Of its files, relative to the step directory; as get_checkpoint_name in Megatron-LM has it."""
+        pipeline = f"_{self.pipeline:03d}" if self.pipeline_size > 1 else ""
+        expert = f"_{self.expert:03d}" if self.expert_size > 1 else ""
+        return f"mp_rank_{self.tensor:02d}{pipeline}{expert}"
+
+    @property
+    def model_path(self) -> str:
+        """Of the file with the model."""
+        return f"{self.directory}/model_optim_rng.pt"
+
+    @property
+    def optimizer_path(self) -> str:
+        """Of the file with what a distributed optimizer has for each parameter."""
+        return f"{self.directory}/distrib_optim.pt"
+
+    def directories(self) -> set[str]:
+        """Of all ranks."""
+        return {
+            replace(self, tensor=tensor, pipeline=pipeline, expert=expert).directory
+            for tensor in range(self.tensor_size)
+            for pipeline in range(self.pipeline_size)
+            for expert in range(self.expert_size)
+        }
 
 
 @dataclass(frozen=True)
@@ -74,7 +114,7 @@ class MegatronLayout:
             return f"no {TRACKER_NAME} vouches for it"
         if step > tracked:
             return f"beyond the tracker, which names {tracked}: its writer never finished it"
-        for path in (f"{part}/{model_path()}" for part in parts):
+        for path in (f"{part}/{ModelRank().model_path}" for part in parts):
             if not size_of(path):
                 return f"no {path}"
         if not parts and not any(name.startswith("mp_rank_") for name in names):

@@ -66,7 +66,7 @@ def _pack_rng(states: Mapping[str, Any]) -> dict[str, Any]:
     packed = {theirs: states[ours] for ours, theirs in _RNG_NAMES.items() if ours in states}
     if "cuda" in states:  # Megatron keeps one device per rank
         packed["cuda_rng_state"] = states["cuda"][0] if len(states["cuda"]) == 1 else states["cuda"]
-    return {**packed, "rng_tracker_states": {}}
+    return {**packed, "rng_tracker_states": states.get("tracker", {})}
 
 
 def _unpack_rng(branch: Any) -> dict[str, Any]:
@@ -76,4 +76,6 @@ def _unpack_rng(branch: Any) -> dict[str, Any]:
     states = {ours: packed[theirs] for ours, theirs in _RNG_NAMES.items() if theirs in packed}
     if "cuda" in states and not isinstance(states["cuda"], list):
         states["cuda"] = [states["cuda"]]
+    if packed.get("rng_tracker_states"):
+        states["tracker"] = packed["rng_tracker_states"]
     return states

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ..errors import OptionError
 from ..layouts import rlinf_tree
+from ..layouts.megatron import ModelRank
 from ..layouts.rlinf import DCP_DIRECTORY
 from ..plan import Planner
 from .dcp import Arrangement, DcpPlanner
@@ -18,18 +19,25 @@ __all__ = ["Arrangement", "DcpPlanner", "DriverPlanner", "MegatronPlanner", "pla
 _RLINF = Arrangement(DCP_DIRECTORY, rlinf_tree.shared_tree, rlinf_tree.stored_path)
 
 
-def planner_for(form: str, rank: int = 0, world_size: int = 1) -> Planner:
+def planner_for(
+    form: str, rank: int = 0, world_size: int = 1, model_rank: ModelRank | None = None
+) -> Planner:
     """The planner of a format (see `layouts.Place`), for one of `world_size` ranks.
 
     Raises:
-        OptionError: the format is one rank's.
+        OptionError: nothing says which part of the model the rank has, or the format is one rank's.
     """
-    if form in ("megatron", "driver") and world_size > 1:
-        raise OptionError(
-            f"files of format {form!r} are written by one rank, here are {world_size}; use 'dcp'"
-        )
     if form == "megatron":
-        return MegatronPlanner()
+        if world_size > 1 and model_rank is None:
+            raise OptionError(
+                f"layout 'megatron': nothing says which part of the model each of {world_size} ranks has; "
+                f"pass model_rank, or use layout 'dcp'"
+            )
+        return MegatronPlanner(rank, world_size, model_rank)
+    if model_rank is not None:
+        raise OptionError(f"model_rank: files of format {form!r} have no use for it")
     if form == "driver":
+        if world_size > 1:
+            raise OptionError(f"a driver is one process, here are {world_size}")
         return DriverPlanner()
     return DcpPlanner(rank, world_size, _RLINF if form == "rlinf-dcp" else None)

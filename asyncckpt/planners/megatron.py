@@ -1,25 +1,40 @@
-"""Plans of Megatron's directories."""
+"""Plans of Megatron's directories.
+
+mp_rank_00/model_optim_rng.pt    one rank of each data-parallel group: model, optimizer's groups, ...
+mp_rank_00/distrib_optim.pt      all ranks of the group: each its slice of the optimizer's state
+rank_00003.pt                    what is a rank's own; only where there are several ranks
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..errors import LeafError
 from ..formats import torch_zip
-from ..formats.image import ImageBuilder
+from ..formats.image import FileImage, ImageBuilder
 from ..formats.pickles import Pickled, pickle_tree
-from ..layouts.megatron import model_path
+from ..layouts.dcp import own_path
+from ..layouts.megatron import ModelRank
 from ..layouts.megatron_tree import to_megatron
 from ..plan import PlanCache, Planned, WritePlan, inert_in, planned_with, refuse_unreachable, slot_nbytes
 from ..shards import is_sharded
-from ..tree import flatten, tensors_in
+from ..shared import SHARED_BRANCH, SharedFile
+from ..tree import OWN_SECTIONS, flatten, tensors_in
+from .shared import SharedPlan, lay_out, signature_of
 
 
 class MegatronPlanner(PlanCache):
-    """`mp_rank_00/model_optim_rng.pt`: the whole tree in one torch.save zip."""
+    """What one rank writes: the whole tree in one torch.save zip, but for what ranks write together."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, model_rank: ModelRank | None = None) -> None:
+        super().__init__()
+        self._rank = rank
+        self._alone = world_size == 1
+        self._model_rank = model_rank or ModelRank()
+        self._shared: tuple[SharedPlan, ...] = ()
 
     def plan(self, tree: Mapping[str, Any]) -> Planned:
         for leaf in flatten(tree):
@@ -28,23 +43,69 @@ class MegatronPlanner(PlanCache):
                 raise LeafError(
                     f"{leaf.name}: tensors that are spread over ranks are saved in layout 'dcp' alone"
                 )
-        pickled = pickle_tree(to_megatron(tree), where="state")
-        signature = tuple(storage.nbytes() for storage in pickled.storages)
-        served = self._serve(signature, [pickled])
-        plan = served or self._keep(self._lay_out(signature, tree, pickled))
-        return planned_with(plan, [("state", pickled)], [], served is None)
+        files: Sequence[SharedFile] = tree.get(SHARED_BRANCH, ())
+        named = [(path, pickle_tree(part, where=where)) for path, where, part in self._trees(tree)]
+        signature = (
+            tuple((path, tuple(s.nbytes() for s in pickled.storages)) for path, pickled in named),
+            tuple(map(signature_of, files)),
+        )
+        pickles = [pickled for _, pickled in named]
+        served = self._serve(signature, pickles)
+        plan = served or self._keep(self._lay_out(signature, tree, named, files))
+        spans = [
+            span for shared, file in zip(self._shared, files, strict=True) for span in shared.spans(file)
+        ]
+        return planned_with(plan, named, spans, served is None)
 
-    @staticmethod
-    def _lay_out(signature: tuple[int, ...], tree: Mapping[str, Any], pickled: Pickled) -> WritePlan:
+    def _trees(self, tree: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+        """What this rank pickles: path, what it is called, and the tree."""
+        trees: list[tuple[str, str, Mapping[str, Any]]] = []
+        if self._model_rank.writes_model:
+            apart = {SHARED_BRANCH} if self._alone else {SHARED_BRANCH, *OWN_SECTIONS} - {"rng"}
+            model = {name: branch for name, branch in tree.items() if name not in apart}
+            trees.append((self._model_rank.model_path, "state", to_megatron(model)))
+        if not self._alone:
+            own = {name: tree[name] for name in OWN_SECTIONS if name in tree}
+            trees.append((own_path(self._rank), f"what is rank {self._rank}'s own", own))
+        return trees
+
+    def _lay_out(
+        self,
+        signature: object,
+        tree: Mapping[str, Any],
+        named: Sequence[tuple[str, Pickled]],
+        files: Sequence[SharedFile],
+    ) -> WritePlan:
+        shared: list[SharedPlan] = []
+        for file in files:
+            source = len(named) + sum(len(plan.sources) for plan in shared)
+            image = len(named) + sum(len(plan.images) for plan in shared)
+            shared.append(lay_out(file, self._rank, source, image))
         owners: dict[int, str] = {}
         for leaf in flatten(tree):
             for tensor in tensors_in(leaf.value):
                 if tensor.layout == torch.strided:
                     owners.setdefault(tensor.untyped_storage().data_ptr(), leaf.name)
-        names = [owners.get(s.data_ptr(), f"storage {index}") for index, s in enumerate(pickled.storages)]
-        slot = slot_nbytes(len(pickled.data))
-        builder = ImageBuilder(model_path())
-        storages = [(1 + index, nbytes) for index, nbytes in enumerate(signature)]
-        torch_zip.lay_out(builder, torch_zip.stem_of(builder.path), (0, slot), storages)
-        untrusted = tuple((f"state{path}", kind) for path, kind in inert_in(pickled))
-        return WritePlan((builder.build(),), (slot,), ("data.pkl", *names), untrusted, signature)
+        slots = tuple(slot_nbytes(len(pickled.data)) for _, pickled in named)
+        names = [f"{path} (data.pkl)" for path, _ in named] + [n for plan in shared for n in plan.names]
+        images: list[FileImage] = []
+        for index, (path, pickled) in enumerate(named):
+            storages = [(len(names) + n, s.nbytes()) for n, s in enumerate(pickled.storages)]
+            names += [
+                owners.get(s.data_ptr(), f"{path} (storage {n})") for n, s in enumerate(pickled.storages)
+            ]
+            builder = ImageBuilder(path)
+            torch_zip.lay_out(builder, torch_zip.stem_of(path), (index, slots[index]), storages)
+            images.append(builder.build())
+        untrusted = tuple(
+            (f"{path}: state{where}", kind) for path, pickled in named for where, kind in inert_in(pickled)
+        )
+        self._shared = tuple(shared)
+        return WritePlan(
+            (*images, *(image for plan in shared for image in plan.images)),
+            slots,
+            tuple(names),
+            untrusted,
+            signature,
+            shared=tuple(plan.part for plan in shared),
+        )

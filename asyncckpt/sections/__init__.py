@@ -33,6 +33,25 @@ class Section(Protocol):
         """Say where the stored branch goes."""
 
 
+@runtime_checkable
+class SharedSection(Section, Protocol):
+    """The branch of files that ranks write together: a list of `SharedFile`; stored, contents by path."""
+
+    def paths(self) -> tuple[str, ...]:
+        """Of the files of which this rank has something, relative to the step directory."""
+
+
+@runtime_checkable
+class BringsSections(Protocol):
+    """Something that knows itself how it is saved."""
+
+    def sections(self) -> Mapping[str, Section]:
+        """Its branches of the tree."""
+
+    def optimizers(self) -> list[Any]:
+        """The optimizers of torch whose steps change it."""
+
+
 class StatefulSection:
     """Anything else: what state_dict() returns is what load_state_dict() gets back."""
 

@@ -62,6 +62,10 @@ class ModelSection:
             return frozenset()
         return frozenset(own_name(name) for name, _ in self.model.named_parameters(remove_duplicate=False))
 
+    def named_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """Under the names of the module that was handed over; none, if it is no module."""
+        return list(self.model.named_parameters()) if isinstance(self.model, torch.nn.Module) else []
+
     def buffers(self) -> set[int]:
         """Addresses of the tensors that forward may change."""
         if not isinstance(self.model, torch.nn.Module):
