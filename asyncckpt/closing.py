@@ -15,8 +15,8 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from .commit import Attempt
 from .errors import RankError, SaveError, WriteError
 from .filesystem import Filesystem
 from .formats import slices
@@ -71,7 +71,7 @@ def from_bytes(data: bytes) -> dict[str, Handed]:
 
 def close_file(
     fs: Filesystem,
-    directory: Path,
+    attempt: Attempt,
     part: SharedPart,
     handed: Mapping[int, Handed],
     block_nbytes: int,
@@ -80,7 +80,6 @@ def close_file(
     """Write what is left of a file, once its ranks have written their parts; what the file is then.
 
     Args:
-        directory: what the paths of plans are relative to.
         handed: by rank, of all that have any of it.
         block_nbytes: of the manifest; a multiple of the chunks of all ranks.
 
@@ -97,7 +96,7 @@ def close_file(
                 f"{part.path}: rank {rank} saves something else there than rank {part.closer}: what they "
                 f"hold together must have the same names, sizes and types"
             )
-    edges = {rank: _read(fs, directory, one.edges) for rank, one in handed.items()}
+    edges = {rank: _read(fs, attempt, one.edges) for rank, one in handed.items()}
     try:
         closing = slices.close(
             part.image,
@@ -108,17 +107,17 @@ def close_file(
         )
     except SliceError as error:
         raise RankError(str(error)) from error
-    fs.write_into(directory / part.path, closing.writes, part.image.nbytes)
+    fs.write_into(attempt.files / part.path, closing.writes, part.image.nbytes)
     for one in handed.values():
         if one.edges is not None:
-            fs.unlink(directory / one.edges.path)
+            fs.unlink(attempt.files / one.edges.path)
     return FileEntry(part.path, part.image.nbytes, block_nbytes, closing.block_crcs)
 
 
-def _read(fs: Filesystem, directory: Path, entry: FileEntry | None) -> bytes:
+def _read(fs: Filesystem, attempt: Attempt, entry: FileEntry | None) -> bytes:
     if entry is None:
         return b""
-    path = directory / entry.path
+    path = attempt.files / entry.path
     try:
         data = fs.read(path)
     except OSError as problem:
