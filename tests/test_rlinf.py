@@ -110,6 +110,7 @@ def test_a_run_resumes_bit_for_bit_and_rlinf_reads_its_tree(world: World, tmp_pa
     own = {f"{part}/rank_{rank:05d}.pt" for part, size in PARTS.items() for rank in range(size)}
     assert files_below(step) - own == {
         "data/data.pt",
+        *(f"{part}/model_state_dict/full_weights.pt" for part in GROUPS),
         *(f"{part}/dcp_checkpoint/.metadata" for part in GROUPS),
         *(f"{p}/dcp_checkpoint/__{rank}_0.distcp" for p, size in GROUPS.items() for rank in range(size)),
     }
@@ -123,6 +124,11 @@ def test_a_run_resumes_bit_for_bit_and_rlinf_reads_its_tree(world: World, tmp_pa
     for part, place, others in (("actor", 1, 2), ("critic", 4, 2), ("actor", 1, 4)):
         for found in world.run(others, read_as_rlinf_does, step / part, part):
             assert same(found, first[place][2])
+    for part, place in (("actor", 1), ("critic", 4)):
+        weights = torch.load(step / part / "model_state_dict" / "full_weights.pt", weights_only=True)
+        state = first[place][2]
+        assert {f"model.{name}" for name in weights} == {name for name in state if name.startswith("model.")}
+        assert all(torch.equal(value, state[f"model.{name}"]) for name, value in weights.items())
     data = torch.load(step / "data" / "data.pt", weights_only=False)
     saved = first[0][2]
     assert data["_steps"] == saved["_steps"]
@@ -185,7 +191,7 @@ def test_a_flipped_bit_in_any_file_is_found_by_its_part(world: World, tmp_path: 
     run(world, PARTS, save_twice, tmp_path)
     step = tmp_path / "checkpoints" / "global_step_2"
     names = sorted(files_below(step))
-    assert len(names) == 1 + RANKS + 3 + 2 + 2
+    assert len(names) == 1 + RANKS + 3 + 2 + 2 + 2
     for index, name in enumerate(names):
         path = step / name
         whole = path.read_bytes()

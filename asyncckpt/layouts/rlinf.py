@@ -5,6 +5,7 @@ trusts either (rlinf/runners/reasoning_runner.py). Below a step:
 
     data/data.pt                                          what the driver's dataloader says
     actor/dcp_checkpoint/{.metadata, __0_0.distcp, ...}   rlinf-fsdp   (rlinf/hybrid_engines/fsdp/strategy)
+    actor/model_state_dict/full_weights.pt                the whole model, for inference
     actor/iter_0000050/mp_rank_00/model_optim_rng.pt      rlinf-megatron, as Megatron-LM has it; and
     actor/latest_checkpointed_iteration.txt               a tracker per part, which names the one iteration
     actor/rank_00003.pt                                   ours: generators and what else is a rank's own
@@ -25,6 +26,7 @@ from .megatron import TRACKER_NAME, MegatronLayout
 from .place import NOTHING_THERE, Place, SizeOf
 
 DCP_DIRECTORY = "dcp_checkpoint"
+WEIGHTS_PATH = "model_state_dict/full_weights.pt"  # the docs say full_weigths.pt, the code does not
 DATA_NAME = "data.pt"
 DATA = "data"  # the driver's part, with a dataloader
 DRIVER = "driver"  # and without: RLinf knows no such directory, and ignores it

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..errors import OptionError
 from ..layouts import rlinf_tree
 from ..layouts.megatron import ModelRank
-from ..layouts.rlinf import DCP_DIRECTORY
+from ..layouts.rlinf import DCP_DIRECTORY, WEIGHTS_PATH
 from ..plan import Planner
 from .dcp import Arrangement, DcpPlanner
 from .driver import DriverPlanner
@@ -16,7 +16,7 @@ from .megatron import MegatronPlanner
 
 __all__ = ["Arrangement", "DcpPlanner", "DriverPlanner", "MegatronPlanner", "planner_for"]
 
-_RLINF = Arrangement(DCP_DIRECTORY, rlinf_tree.shared_tree, rlinf_tree.stored_path)
+_RLINF = Arrangement(DCP_DIRECTORY, rlinf_tree.shared_tree, rlinf_tree.stored_path, WEIGHTS_PATH)
 
 
 def planner_for(

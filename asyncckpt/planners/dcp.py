@@ -10,6 +10,7 @@ Tools that keep such files elsewhere, under names of their own, have an `Arrange
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from ..layouts.dcp import METADATA_PATH, data_path, own_path
 from ..plan import (
     PlanCache,
     Planned,
+    SharedPart,
     WritePlan,
     inert_in,
     number_storages,
@@ -34,7 +36,12 @@ from ..plan import (
     span_nbytes,
 )
 from ..shards import Block, Blocks, Holders, Piece, boxes, is_sharded, local_of, shares
+from ..shared import SharedFile
 from ..tree import OWN_SECTIONS, Leaf, Path, StateTree, flatten, tensors_in
+from .shared import SharedPlan, lay_out
+from .weights import weights_file
+
+_log = logging.getLogger(__name__)
 
 
 class _Tensor(NamedTuple):
@@ -63,11 +70,13 @@ class Arrangement(NamedTuple):
         directory: of the DCP files, relative to the part's base.
         shared: what of a tree all ranks have together.
         stored_path: where in the stored state dict a leaf of that lies.
+        weights: file of torch.save with the whole model, which ranks write together, relative to the base.
     """
 
     directory: str
     shared: Callable[[Mapping[str, Any]], dict[str, Any]]
     stored_path: Callable[[Path], Path]
+    weights: str
 
 
 class DcpPlanner(PlanCache):
@@ -84,6 +93,8 @@ class DcpPlanner(PlanCache):
         self._arrangement = arrangement
         self._blocks = Blocks(world_size)
         self._sources: list[_Source] = []
+        self._weights: SharedPlan | None = None
+        self._said_no_weights = False
 
     def plan(self, tree: Mapping[str, Any]) -> Planned:
         apart = not self._alone or self._arrangement is not None
@@ -132,11 +143,14 @@ class DcpPlanner(PlanCache):
         )
         served = self._serve(signature, [pickled for _, pickled in written])
         if served is None:
-            plan, self._sources = self._lay_out(signature, leaves, tensors, unique, others, written)
+            plan, self._sources = self._lay_out(signature, leaves, tensors, unique, others, written, tree)
             self._keep(plan)
         else:
             plan = served
         spans = [(local_of(unique[s.item]), s.begin_nbytes, s.nbytes) for s in self._sources]
+        if self._weights is not None:
+            values = (value for value in tree["model"].values() if isinstance(value, torch.Tensor))
+            spans += self._weights.spans_of([local_of(value) for value in values])
         return planned_with(plan, written, spans, served is None, crcs)
 
     def _is_first_ranks(self, leaf: Leaf, parameters: frozenset[str]) -> bool:
@@ -179,6 +193,7 @@ class DcpPlanner(PlanCache):
         unique: list[torch.Tensor],
         others: list[Leaf],
         written: list[tuple[str, Pickled]],
+        tree: Mapping[str, Any],
     ) -> tuple[WritePlan, list[_Source]]:
         names = [name for name, _ in written]
         slots = [slot_nbytes(len(pickled.data)) for _, pickled in written]
@@ -205,6 +220,8 @@ class DcpPlanner(PlanCache):
             for leaf, item, _ in tensors
             for spec, span, offsets in placed.get(item, ())
         ]
+        self._weights = self._lay_out_weights(tree, len(names))
+        names += self._weights.names if self._weights is not None else ()
         numbers = number_storages(names, written)
         for index, (leaf, storages) in enumerate(zip(others, numbers, strict=False)):
             if self._rank == 0:
@@ -221,18 +238,39 @@ class DcpPlanner(PlanCache):
             own = ImageBuilder(own_path(self._rank))
             torch_zip.lay_out(own, torch_zip.stem_of(own.path), (len(slots) - 1, slots[-1]), numbers[-1])
             images.append(own.build())
+        shared: tuple[SharedPart, ...] = ()
+        if self._weights is not None:
+            shared = (self._weights.part.after(len(images)),)
+            images += self._weights.images
         if self._alone:
             metadata = ImageBuilder(self._in_directory(METADATA_PATH))
             metadata.literal(distcp.metadata_bytes(entries, paths))
             images.append(metadata.build())
-            return WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature), sources
+            plan = WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature, shared=shared)
+            return plan, sources
         plan = WritePlan(
             tuple(images), tuple(slots), tuple(names), untrusted, signature,
             tree=distcp.pack_tree(paths, _forms(tensors, stored, unique, blocks)),
             layout=distcp.pack_layout(file, entries, paths),
             groups=_groups(blocks, tensors, others),
+            shared=shared,
         )  # fmt: skip
         return plan, sources
+
+    def _lay_out_weights(self, tree: Mapping[str, Any], first_source: int) -> SharedPlan | None:
+        if self._arrangement is None or "model" not in tree:
+            return None
+        file = weights_file(self._arrangement.weights, tree["model"], self._rank)
+        if isinstance(file, SharedFile):
+            return lay_out(file, self._rank, first_source)
+        if not self._said_no_weights:
+            self._said_no_weights = True
+            _log.warning(
+                "%s is not written: what ranks have of model.%s are no runs of it in memory",
+                self._arrangement.weights,
+                file,
+            )
+        return None
 
     def _in_directory(self, name: str) -> str:
         return name if self._arrangement is None else f"{self._arrangement.directory}/{name}"
