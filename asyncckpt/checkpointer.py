@@ -264,8 +264,8 @@ class AsyncCheckpointer:
             )
         try:
             self._ranks.join(problem)
-        except RankError:
-            if problem:
+        except RankError as error:
+            if problem and problem in str(error):  # else rank 0 has left meanwhile, for another reason
                 raise RootError(problem) from None
             raise
 

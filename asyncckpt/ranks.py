@@ -238,12 +238,21 @@ class Ranks:
         theirs, ours = client.get(f"{self._run}/parts").decode(), str(self.parts)
         if theirs != ours:
             problem = f"{self.called(self.rank)} has parts {ours} where {self._first} has {theirs}"
-            client.set(self._other_parts, problem.encode())
+            client.set(f"{self._run}/other parts", problem.encode())
+            client.add(f"{self._run}/other parts/told", 1)
             raise OptionError(f"parts: {problem}")
 
-    @property
-    def _other_parts(self) -> str:
-        return f"{self._run}/other parts"
+    def _told_of_other_parts(self, others: Collection[int], enough: bool) -> str | None:
+        """Rank 0, before all have joined: what a rank with other parts has said, once all others are there to
+        hear of it; or at once, if it is `enough`."""
+        assert self._client is not None
+        key = f"{self._run}/other parts"
+        if self._joined.is_set() or not self.is_first or not self._client.has(key):
+            return None
+        come = sum(1 for beat in self.beats_of(list(others)) if beat)
+        if not enough and come + self._client.add(f"{key}/told", 0) < len(others):
+            return None
+        return self._client.get(key).decode()
 
     def _await_beginning(self, client: StoreClient, refused: str) -> dict[str, Any]:
         deadline = _Deadline(self._timeout_s, polling=self.world_size)
@@ -606,10 +615,11 @@ class Ranks:
         watched = _Watch(self, [rank for rank in ranks if rank != self.rank], self.world_size)
         while not self._client.has(*keys):
             silent = watched.silent(lambda late: self._lacking(keys, ranks, late))
+            odd = self._told_of_other_parts(ranks, enough=silent is not None)
+            if odd is not None:
+                raise RankError(odd)
             if silent is not None:
                 raise self._silence_of(silent)
-            if not self._joined.is_set() and self._client.has(self._other_parts):
-                raise RankError(self._client.get(self._other_parts).decode())
             if not deadline.pause():
                 raise RankError(
                     f"{self.called(*self._lacking(keys, ranks, ranks))} took longer than {timeout_s:g} s {to}"
