@@ -189,7 +189,15 @@ class Committer:
             of_all[self._member.rank] = handed[part.path]
             directory = attempt.path / attempt.base
             closed.append(
-                closing.close_file(self._root.fs, directory, part, of_all, CHUNK_NBYTES, crc32_combine)
+                closing.close_file(
+                    self._root.fs,
+                    directory,
+                    part,
+                    of_all,
+                    CHUNK_NBYTES,
+                    crc32_combine,
+                    lambda rank: self._ranks.called(places[rank]),
+                )
             )
         if ours:
             save.mark("closed")
