@@ -189,7 +189,15 @@ class Committer:
         for part in ours:
             of_all = {rank: said[part.path] for rank, said in others.items() if part.path in said}
             of_all[self._member.rank] = handed[part.path]
-            entry = closing.close_file(self._root.fs, attempt, part, of_all, CHUNK_NBYTES, crc32_combine)
+            entry = closing.close_file(
+                self._root.fs,
+                attempt,
+                part,
+                of_all,
+                CHUNK_NBYTES,
+                crc32_combine,
+                lambda rank: self._ranks.called(places[rank]),
+            )
             files = (*files, entry)
         if ours:
             save.mark("closed")

@@ -62,23 +62,27 @@ def checkpointer(
     Raises:
         OptionError: an optimizer that nobody here knows; it is named.
     """
+    state = state_of(model, optimizer, opt_param_scheduler, args, also)
+    return AsyncCheckpointer(root, layout="megatron", **state, **options)
+
+
+def state_of(
+    model: Any,
+    optimizer: Any = None,
+    opt_param_scheduler: Any = None,
+    args: Any = None,
+    also: Mapping[str, Callable[[], Any]] | None = None,
+) -> dict[str, Any]:
+    """What an AsyncCheckpointer is to be given for Megatron's objects; see `checkpointer` for these."""
     chunks = list(model) if isinstance(model, list | tuple) else [model]
     place = model_rank()
     inner = [_innermost(chunk) for chunk in chunks]
-    return AsyncCheckpointer(
-        root,
-        model=inner if len(inner) > 1 else inner[0],
-        optimizer=MegatronState(
-            chunks,
-            optimizer,
-            opt_param_scheduler,
-            place,
-            ({} if args is None else {"args": lambda: args}) | dict(also or {}),
-        ),
-        layout="megatron",
-        model_rank=place,
-        **options,
-    )
+    for_megatron = ({} if args is None else {"args": lambda: args}) | dict(also or {})
+    return {
+        "model": inner if len(inner) > 1 else inner[0],
+        "optimizer": MegatronState(chunks, optimizer, opt_param_scheduler, place, for_megatron),
+        "model_rank": place,
+    }
 
 
 def model_rank() -> ModelRank:

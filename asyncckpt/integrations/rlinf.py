@@ -243,20 +243,27 @@ class WorkerCheckpoints(_Checkpoints):
         self._begin()
 
     @classmethod
-    def of_manager(cls, job: CheckpointJob, part: str, manager: Any, **options: Any) -> WorkerCheckpoints:
+    def of_manager(
+        cls, job: CheckpointJob, part: str, manager: Any, args: Any = None, **options: Any
+    ) -> WorkerCheckpoints:
         """For RLinf's FSDPModelManager or MegatronModelManager, which its workers are.
 
         Its methods that offload and onload wait from now on until what is being saved was copied. An
         optimizer or scheduler that it makes anew later is not seen: make this anew as well, on all.
+
+        Args:
+            args: Megatron-LM's arguments, which its own load wants in the file; FSDP needs none.
         """
-        made = cls(
-            job,
-            part,
-            model=_one(manager.model),
-            optimizer=manager.optimizer,
-            lr_scheduler=manager.lr_scheduler,
-            **options,
-        )
+        state = {
+            "model": _one(manager.model),
+            "optimizer": manager.optimizer,
+            "lr_scheduler": manager.lr_scheduler,
+        }
+        if type(manager.optimizer).__module__.startswith("megatron."):
+            from .megatron import state_of
+
+            state = state_of(manager.model, manager.optimizer, manager.lr_scheduler, args)
+        made = cls(job, part, **state, **options)
         made.fence_before(manager, *(name for name in _MOVING if callable(getattr(manager, name, None))))
         return made
 
