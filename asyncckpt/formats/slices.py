@@ -241,10 +241,10 @@ def close(
     for offset, nbytes, source, source_offset, _ in image.extents.tolist():
         if source == LITERAL:
             left.put(offset, image.literals[source_offset : source_offset + nbytes])
-    for rank in np.unique(spans[:, 2]).tolist():
+    for rank, own in by_rank(spans):
         if rank not in handed:
             raise SliceError(f"{image.path}: nothing was handed over by rank {rank}")
-        table, data, at = edges(spans[spans[:, 2] == rank]), handed[rank][1], 0
+        table, data, at = edges(own), handed[rank][1], 0
         if int((table[:, 1] - table[:, 0]).sum()) != len(data):
             raise SliceError(f"{image.path}: rank {rank} handed over {len(data)} bytes of edges")
         for begin, end in table.tolist():
@@ -269,6 +269,13 @@ def close(
         left.writes(),
         tuple(_folded(pieces, begins, b, e, combine) for b, e in zip(blocks, ends, strict=True)),
     )
+
+
+def by_rank(spans: Int64Array) -> Iterator[tuple[int, Int64Array]]:
+    """The spans of each rank."""
+    order = np.argsort(spans[:, 2], kind="stable")
+    ranks, first = np.unique(spans[order, 2], return_index=True)
+    yield from zip(ranks.tolist(), np.split(spans[order], first[1:]), strict=True)
 
 
 class _Left:

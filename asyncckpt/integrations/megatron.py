@@ -362,7 +362,7 @@ class _Sharded:
         self._mains: list[dict[Any, torch.Tensor]] = [{} for _ in each]
         self._closers = {ranks[0]: said[ranks[0]] for ranks in self._ranks}
         self._slices = [
-            [buffer.slices(ranks) for buffer in buffers]
+            [_own_or_all(buffer.slices(ranks), ranks[0], rank) for buffer in buffers]
             for buffers, ranks in zip(self._buffers, self._ranks, strict=True)
         ]
 
@@ -485,6 +485,11 @@ class _Sharded:
             return {}
         on_device = inner.defaults.get("capturable") or inner.defaults.get("fused")
         return {"step": torch.zeros((), device=main.device if on_device else "cpu")}
+
+
+def _own_or_all(slices: Int64Array, closer: int, rank: int) -> Int64Array:
+    """All slices on the rank that closes the file; on others theirs, so that their plans do not grow."""
+    return slices if rank == closer else slices[slices[:, 2] == rank]
 
 
 def _buffer_of(buffer: Any) -> _Buffer:
