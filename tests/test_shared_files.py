@@ -242,3 +242,43 @@ def test_a_piece_outside_of_its_ranks_slice_is_refused(tmp_path: Path) -> None:
         pytest.raises(LeafError, match="not within the slice"),
     ):
         checkpointer.save(1)
+
+
+# ---------------------------------------------------------------------------- what it costs
+
+
+def save_counted(talk: Talk, rank: int, root: Path, sizes: tuple[int, ...]) -> tuple[int, list[int], int]:
+    """Peak of memory above what this process had before, bytes told to the store per save, plans made."""
+    sliced, told, said = Sliced(rank, sizes), [], [0]
+    before = memory_nbytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc(5)
+    with checkpointer_of(root, rank, sliced, host_memory=HOST_MEMORY) as checkpointer:
+        tell = checkpointer._ranks._client.set  # type: ignore[union-attr]
+
+        def count(key: str, value: bytes) -> None:
+            said[0] += len(value) if "/beat/" not in key else 0
+            tell(key, value)
+
+        checkpointer._ranks._client.set = count  # type: ignore[union-attr,method-assign]
+        for step in (1, 2, 3):
+            said[0] = 0
+            checkpointer.save(step).wait()
+            told.append(said[0])
+        return memory_nbytes("VmHWM") - before, told, checkpointer.plans_made
+
+
+def memory_nbytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":"))
+
+
+HOST_MEMORY = 16 << 20
+
+
+def test_hundreds_of_mib_cost_the_memory_that_was_given_and_a_few_crcs(world: World, tmp_path: Path) -> None:
+    sizes = (26_000_001, 26_000_003, 26_000_005, 1025)
+    for peak, told, plans in world.run(RANKS, save_counted, tmp_path, sizes):
+        assert peak <= HOST_MEMORY + (64 << 20), peak >> 20
+        assert plans == 1
+        chunks = 4 * sum(sizes) / RANKS / (1 << 20)  # that small a ring has chunks of 1 MiB
+        assert max(told[1:]) <= 64 * chunks + 2048, told
