@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from . import restore
 from .commit import CheckpointRoot
 from .errors import (
+    CheckpointError,
     CorruptStepError,
     LoadError,
     MismatchError,
@@ -125,7 +126,9 @@ class Loader:
             return {"step": step, "attempt": attempt, "bad": None}
         if not tried and not self._root.ever_committed():
             self._root.refuse_other_layout()
-            return {"step": None, "bad": None}
+            for entry in self._root.entries():
+                _log.warning("%s is not loaded: %s", entry.path, entry.problem)
+            return {"step": None, "bad": self._root.broken_promise()}
         reasons = "\n  ".join(passed_over) or "all were abandoned or removed"
         return {"step": None, "bad": f"no step under {self._root.path} is good:\n  {reasons}"}
 
@@ -187,7 +190,15 @@ class Loader:
 
         def apply() -> None:
             for action in matching.afterwards:
-                action()
+                try:
+                    action()
+                except CheckpointError:
+                    raise
+                except Exception as error:
+                    raise LoadError(
+                        f"{entry.path} was read, but a live object does not take what it holds: "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
 
         self._together(apply)
         self.must_load = None

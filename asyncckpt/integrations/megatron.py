@@ -29,7 +29,7 @@ from ..formats.image import Int64Array
 from ..layouts.megatron import ModelRank
 from ..sections import Section, StatefulSection
 from ..shared import SHARED_BRANCH, SharedFile, SlicedTensor
-from ..tree import Matching
+from ..tree import Matching, StoredTensor
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")  # of each parameter, in the order of the file
 _SHARDED = ("DistributedOptimizer",)
@@ -179,6 +179,11 @@ def _inner(optimizer: Any) -> Any:
     return optimizer.optimizer
 
 
+def _counts_in_groups(inner: Any) -> bool:
+    """Whether steps are counted there, as Apex and Transformer Engine do; torch does so in each state."""
+    return type(inner).__name__ == "FusedAdam"
+
+
 class _Sync:
     """Makes parameters whole whose gathers wait for the next forward (overlap_param_gather)."""
 
@@ -237,11 +242,14 @@ class _Groups:
 
     @staticmethod
     def _match_one(name: str, optimizer: Any, stored: Any, matching: Matching) -> None:
-        groups = stored.get("optimizer", {}).get("param_groups") if isinstance(stored, Mapping) else None
-        live = _inner(optimizer).param_groups
+        inner, live = _inner(optimizer), _inner(optimizer).param_groups
+        groups = _at(_at(stored, "optimizer"), "param_groups")
         if not isinstance(groups, list) or len(groups) != len(live):
             count = len(groups) if isinstance(groups, list) else 0
             matching.differences.append(f"{name}: {len(live)} groups here, {count} in the checkpoint")
+            return
+        if not all(isinstance(group, Mapping) for group in groups):
+            matching.differences.append(f"{name}: a group in the checkpoint is no group")
             return
         by_name = {_name_of(group): group for group in groups}
         if len(by_name) == len(groups) and {*by_name} != {_name_of(group) for group in live}:
@@ -249,8 +257,13 @@ class _Groups:
             return
         if len(by_name) == len(groups):
             groups = [by_name[_name_of(group)] for group in live]
+        for group, saved in zip(live, groups, strict=True):
+            counts = "step" in group or (group["params"] and not _counts_in_groups(inner))
+            if counts and not _is_count(saved.get("step")):
+                matching.differences.append(f"{name}: no step of group {_name_of(group)} in the checkpoint")
+                return
         values = matching.fresh(name, groups)
-        scaler = matching.fresh(f"{name}.grad_scaler", stored.get("grad_scaler"))
+        scaler = matching.fresh(f"{name}.grad_scaler", _at(stored, "grad_scaler"))
 
         def apply() -> None:
             for group, saved in zip(live, values, strict=True):
@@ -258,12 +271,22 @@ class _Groups:
                 if "step" in group:  # of Apex and Transformer Engine; torch's Adam has it in its state
                     group["step"] = saved["step"]
                 for param in group["params"]:
-                    if "step" in _inner(optimizer).state.get(param, {}):
-                        _inner(optimizer).state[param]["step"].fill_(saved["step"])
+                    if "step" in inner.state.get(param, ()):
+                        inner.state[param]["step"].fill_(saved["step"])
             if scaler is not None and getattr(optimizer, "grad_scaler", None) is not None:
                 optimizer.grad_scaler.load_state_dict(scaler)
 
         matching.afterwards.append(apply)
+
+
+def _at(value: Any, key: Any) -> Any:
+    """What a file has below a key; None where it has nothing, or something else than a dict."""
+    return value.get(key) if isinstance(value, Mapping) else None
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a number of steps, perhaps in a tensor; a file may have anything there."""
+    return isinstance(value, int | float) or (isinstance(value, StoredTensor) and value.shape in ((), (1,)))
 
 
 def _with_own_scaler(state: Any) -> Any:
@@ -419,31 +442,35 @@ class _Sharded:
         state = _inner(self._each[index]).state[main]
         return {"param": main, **{key: state[key] for key in _STATES[1:]}}
 
-    def match(self, name: str, stored: Any, matching: Matching) -> None:
+    def match(self, _: str, stored: Any, matching: Matching) -> None:
         for index, ranks in enumerate(self._ranks):
-            content = stored[self._closers[ranks[0]].path]
-            where = name
+            where = path = self._closers[ranks[0]].path
+            content = stored[path]
             if len(self._each) > 1:
-                where = f"{name}.{index}"
+                where = f"{path}: optimizer {index}"
                 content = content[index] if isinstance(content, list) and len(content) > index else None
             self._match_one(where, index, content, matching)
 
     def _match_one(self, name: str, index: int, content: Any, matching: Matching) -> None:
-        if not isinstance(content, Mapping) or content.get("buckets_coalesced") is not True:
+        if _at(content, "buckets_coalesced") is not True:
             matching.differences.append(
                 f"{name}: not the state of a distributed optimizer, whole and in buckets"
             )
             return
         for number, buffer in enumerate(self._buffers[index]):
-            flat = content.get(number, {}).get(buffer.dtypes)
-            elements = flat.get("numel_unpadded") if isinstance(flat, Mapping) else None
+            flat = _at(_at(content, number), buffer.dtypes)
+            elements = _at(flat, "numel_unpadded")
             if elements != buffer.elements:
                 matching.differences.append(
                     f"{name}.{number}: {buffer.elements} elements of {buffer.dtypes[0]} here, "
                     f"{elements} in the checkpoint"
                 )
                 continue
-            for begin, param in self._placed(index, number):
+            wrong = [state for state in _STATES if not _is_flat(_at(flat, state), elements)]
+            matching.differences += [
+                f"{name}.{number}: no {state} of {elements} float32 in the checkpoint" for state in wrong
+            ]
+            for begin, param in () if wrong else self._placed(index, number):
                 self._match_param(f"{name}.{number}", index, begin, param, flat, matching)
 
     def _match_param(
@@ -463,12 +490,17 @@ class _Sharded:
             state[main] = {**self._counter(index, main), **values, **made}
 
     def _counter(self, index: int, main: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Where torch's Adam counts; Apex's and Transformer Engine's do so in their groups."""
+        """Where torch's Adam counts."""
         inner = _inner(self._each[index])
-        if type(inner).__name__ == "FusedAdam":
+        if _counts_in_groups(inner):
             return {}
         on_device = inner.defaults.get("capturable") or inner.defaults.get("fused")
         return {"step": torch.zeros((), device=main.device if on_device else "cpu")}
+
+
+def _is_flat(stored: Any, elements: int) -> bool:
+    is_tensor = isinstance(stored, StoredTensor)
+    return is_tensor and stored.shape == (elements,) and stored.dtype == torch.float32
 
 
 def _buffer_of(buffer: Any) -> _Buffer:
