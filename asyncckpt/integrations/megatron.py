@@ -439,7 +439,10 @@ class _Sharded:
 
     def _states(self, index: int, param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         main = self._main(index, param)
-        state = _inner(self._each[index]).state[main]
+        state = _inner(self._each[index]).state.get(main, {})
+        for key in _STATES[1:]:
+            if key not in state:
+                raise LeafError(f"optimizer: a parameter has no {key}; Megatron's tree has no place for that")
         return {"param": main, **{key: state[key] for key in _STATES[1:]}}
 
     def match(self, _: str, stored: Any, matching: Matching) -> None:
