@@ -254,30 +254,31 @@ FAULTS: dict[str, tuple[str, str, Callable[[str], None], str]] = {
 
 
 def save_with_faults(talk: Talk, rank: int, root: Path, closer: int) -> list[tuple[str, str, list[int]]]:
-    """For each fault what was heard of the save, and which steps are there after the next."""
+    """For each fault what was heard of the save, and which steps are there after the next, begun before."""
     half, heard = Half(rank, 0), []
-    fault = [""]
+    faults = {2 * index: (name, *FAULTS[name][:3]) for index, name in enumerate(FAULTS, start=1)}
+    struck = set()
 
     def observer(op: str, path: str) -> None:
-        wanted, part, act, _ = FAULTS.get(fault[0], ("", "", vanish, ""))
-        if rank == closer and op == wanted and part in path and f"mp_rank_0{closer}" in path:
-            fault[0] = ""
-            act(path)
+        for step, (name, wanted, part, act) in faults.items():
+            file = f"iter_{step:07d}" in path and f"mp_rank_0{closer}" in path and part in path
+            if rank == closer and op == wanted and file and name not in struck:
+                struck.add(name)
+                act(path)
 
     with checkpointer_of(root, rank, half, on_error="warn", keep_last=1, rank_timeout_s=30) as checkpointer:
         observe(checkpointer, observer)
-        step = 0
-        for name in FAULTS:
-            step += 2
-            fault[0] = name
+        for step, (name, *_) in faults.items():
+            bad = checkpointer.save(step)
+            checkpointer.fence()
+            half.piece.fill_(step + 1)
+            good = checkpointer.save(step + 1)
             said = ""
             try:
-                checkpointer.save(step).wait()
+                bad.wait()
             except CheckpointError as error:
                 said = f"{type(error).__name__}: {error}"
-            fault[0] = ""
-            half.piece.fill_(step + 1)
-            checkpointer.save(step + 1).wait()
+            good.wait()
             heard.append((name, said, checkpointer.steps()))
     return heard
 
