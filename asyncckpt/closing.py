@@ -96,12 +96,12 @@ def close_file(
                 f"{part.path}: rank {rank} saves something else there than rank {part.closer}: what they "
                 f"hold together must have the same names, sizes and types"
             )
-    edges = {rank: _read(fs, attempt, one.edges) for rank, one in handed.items()}
     try:
         closing = slices.close(
             part.image,
             part.spans,
-            {rank: (one.runs, edges[rank]) for rank, one in handed.items()},
+            {rank: one.runs for rank, one in handed.items()},
+            lambda rank: _read(fs, attempt, handed[rank].edges),
             block_nbytes,
             combine,
         )

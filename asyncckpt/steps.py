@@ -108,7 +108,7 @@ class RootView:
         return any(entry.committed for entry in self.entries()) or bool(self._abandoned())
 
     def broken_promise(self) -> str | None:
-        """Why nothing can be loaded although there is a tracker: somebody has finished something."""
+        """What to say where nothing is there to load, but a tracker: somebody has finished something."""
         try:
             tracked = self.tracked()
         except LoadError as problem:

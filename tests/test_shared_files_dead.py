@@ -148,17 +148,12 @@ def check_resumes(world: World, root: Path, step: int) -> None:
 # Who is caught where: of a contributor and of both closers, each side of the hand-over.
 CASES = [
     (3, "submitted", "kill"),
-    (3, "checked", "kill"),
     (3, "checked", "stop"),
-    (3, "voted", "kill"),
-    (2, "checked", "stop"),
     (0, "takes over", "kill"),
-    (0, "closes", "kill"),
     (0, "closes", "stop"),
     (0, "closed", "kill"),
     (1, "takes over", "stop"),
     (1, "closes", "kill"),
-    (1, "closes", "stop"),
     (1, "voted", "kill"),
 ]
 
