@@ -98,9 +98,7 @@ def write_part(
     return runs, edges
 
 
-def close(
-    image: FileImage, spans: np.ndarray, handed: dict[int, tuple[list[Run], bytes]]
-) -> slices.Closing:
+def close(image: FileImage, spans: np.ndarray, handed: dict[int, tuple[list[Run], bytes]]) -> slices.Closing:
     written = {rank: runs for rank, (runs, _) in handed.items()}
     return slices.close(
         image, spans, written, lambda rank: handed[rank][1], MANIFEST_BLOCK, _native.crc32_combine
@@ -234,7 +232,9 @@ def test_a_closer_holds_what_is_left_of_thousands_of_slices_once() -> None:
     image = builder.build()
     records = sorted(int(row[4]) for row in image.extents if row[2] >= 0)
     table = [
-        (record, n * nbytes, (n + 1) * nbytes, n % ranks) for record in records for n in range(ranks * buckets)
+        (record, n * nbytes, (n + 1) * nbytes, n % ranks)
+        for record in records
+        for n in range(ranks * buckets)
     ]
     spans = slices.spans_of(image, np.array(table, np.int64))
     left = image.nbytes - int(np.diff(slices.inside(spans)).sum())
