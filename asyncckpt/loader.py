@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 from . import restore
 from .commit import CheckpointRoot
 from .errors import (
-    CheckpointError,
     CorruptStepError,
     LoadError,
     MismatchError,
@@ -194,15 +193,7 @@ class Loader:
 
         def apply() -> None:
             for action in matching.afterwards:
-                try:
-                    action()
-                except CheckpointError:
-                    raise
-                except Exception as error:
-                    raise LoadError(
-                        f"{entry.path} was read, but a live object does not take what it holds: "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
+                action()
 
         self._together(apply)
         self.must_load = None

@@ -240,7 +240,7 @@ def test_a_failure_is_read_also_from_a_rank_that_went_on(world: list[Ranks]) -> 
 def test_a_closer_hears_of_a_failure_that_the_first_rank_announces_meanwhile(
     store: TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_room, "CALL_TIMEOUT_S", SOON_S)  # of a call for what is not there any more
+    monkeypatch.setattr(store_room, "CALL_TIMEOUT_S", 10)  # of a call for what is not there any more
     world = make(store)
     first, closer, failing = world[0], world[1], world[3]
     failing.vote(1, ballot(3, error="no space left"))

@@ -629,7 +629,7 @@ def test_a_load_that_fails_halfway_refuses_saves(tmp_path: Path) -> None:
     with AsyncCheckpointer(tmp_path, model=nn.Linear(2, 2), dataloader=moody) as checkpointer:
         checkpointer.save(1).wait()
         moody.angry = True
-        with pytest.raises(LoadError, match="RuntimeError: not now"):
+        with pytest.raises(RuntimeError, match="not now"):
             checkpointer.load_latest()
         with pytest.raises(LoadError, match="refused"):
             checkpointer.save(2)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from ..checkpointer import AsyncCheckpointer
-from ..errors import LeafError, OptionError
+from ..errors import LeafError, LoadError, OptionError
 from ..formats.image import Int64Array
 from ..layouts.megatron import ModelRank
 from ..sections import Section, StatefulSection
@@ -276,12 +276,26 @@ class _Groups:
             if scaler is not None and getattr(optimizer, "grad_scaler", None) is not None:
                 optimizer.grad_scaler.load_state_dict(scaler)
 
-        matching.afterwards.append(apply)
+        matching.afterwards.append(_told(name, apply))
 
 
 def _at(value: Any, key: Any) -> Any:
     """What a file has below a key; None where it has nothing, or something else than a dict."""
     return value.get(key) if isinstance(value, Mapping) else None
+
+
+def _told(name: str, act: Callable[[], None]) -> Callable[[], None]:
+    """`act`, which says whose it is, should an object of Megatron not take what a file has."""
+
+    def told() -> None:
+        try:
+            act()
+        except Exception as error:
+            raise LoadError(
+                f"{name} does not take what the checkpoint has, {type(error).__name__}: {error}"
+            ) from error
+
+    return told
 
 
 def _is_count(value: Any) -> bool:
@@ -544,7 +558,7 @@ class _Generators:
         missing = [key for key in ("python", "numpy", "torch", "cuda", "tracker") if key not in states]
         if missing:
             matching.differences.append(f"{name}: no state of {', '.join(missing)} in the checkpoint")
-        matching.afterwards.append(restore)
+        matching.afterwards.append(_told(name, restore))
 
 
 class _Scheduler:
@@ -563,7 +577,7 @@ class _Scheduler:
             self._scheduler.num_steps = 0
             self._scheduler.load_state_dict(values)
 
-        matching.afterwards.append(apply)
+        matching.afterwards.append(_told(name, apply))
 
 
 class _Arguments:
