@@ -386,7 +386,7 @@ class AsyncCheckpointer:
             save.report.packed, save.report.pack_s = packing.tensors, packing.seconds
             save.sample = packing.sample
             save.submitting_s = save.elapsed_s()
-            save.snapshot = self._stager.snapshot(packing.planned, captured.live, attempt.path / attempt.base)
+            save.snapshot = self._stager.snapshot(packing.planned, captured.live, attempt.files)
             self._state.hold_back_arrays()  # until what was copied inside save() is copied
             save.mark("submitted")
             committer.take(save)

@@ -15,8 +15,8 @@ import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from .commit import Attempt
 from .errors import RankError, SaveError, WriteError
 from .filesystem import Filesystem
 from .formats import slices
@@ -71,7 +71,7 @@ def from_bytes(data: bytes) -> dict[str, Handed]:
 
 def close_file(
     fs: Filesystem,
-    directory: Path,
+    attempt: Attempt,
     part: SharedPart,
     handed: Mapping[int, Handed],
     block_nbytes: int,
@@ -81,7 +81,6 @@ def close_file(
     """Write what is left of a file, once its ranks have written their parts; what the file is then.
 
     Args:
-        directory: what the paths of plans are relative to.
         handed: by rank, of all that have any of it.
         block_nbytes: of the manifest; a multiple of the chunks of all ranks.
         called: a rank, as messages name it.
@@ -100,7 +99,7 @@ def close_file(
                 f"{part.path}: {here} saves something else there than {there}: what they hold together must "
                 f"have the same names, sizes and types"
             )
-    edges = {rank: _read(fs, directory, one.edges) for rank, one in handed.items()}
+    edges = {rank: _read(fs, attempt, one.edges) for rank, one in handed.items()}
     try:
         closing = slices.close(
             part.image,
@@ -111,17 +110,17 @@ def close_file(
         )
     except SliceError as error:
         raise RankError(str(error)) from error
-    fs.write_into(directory / part.path, closing.writes, part.image.nbytes)
+    fs.write_into(attempt.files / part.path, closing.writes, part.image.nbytes)
     for one in handed.values():
         if one.edges is not None:
-            fs.unlink(directory / one.edges.path)
+            fs.unlink(attempt.files / one.edges.path)
     return FileEntry(part.path, part.image.nbytes, block_nbytes, closing.block_crcs)
 
 
-def _read(fs: Filesystem, directory: Path, entry: FileEntry | None) -> bytes:
+def _read(fs: Filesystem, attempt: Attempt, entry: FileEntry | None) -> bytes:
     if entry is None:
         return b""
-    path = directory / entry.path
+    path = attempt.files / entry.path
     try:
         data = fs.read(path)
     except OSError as problem:

@@ -110,6 +110,11 @@ class Attempt:
     directories: tuple[Path, ...]
     base: str = ""
 
+    @property
+    def files(self) -> Path:
+        """Where the paths of this process's plan begin."""
+        return self.path / self.base
+
 
 def _ensure_directory(path: Path, fs: Filesystem) -> None:
     try:

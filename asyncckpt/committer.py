@@ -124,14 +124,14 @@ class Committer:
     def _commit(self, save: Save) -> None:
         if self._ranks.is_first:
             try:
-                files = self._closed(save, self._written(save))
+                files = self._in_step(save, self._closed(save, self._written(save)))
             except BaseException as error:
                 self._give_up(save, error)
                 raise
             self._publish(save, files)
             return
         try:
-            ballot = self._part(save, self._closed(save, self._written(save)))
+            ballot = self._part(save, self._in_step(save, self._closed(save, self._written(save))))
         except BaseException as error:
             # Rank 0 removes what has failed for another rank, also what is being written here.
             ended = self._ranks.ended_early(save.call)
@@ -156,12 +156,13 @@ class Committer:
         if save.error is not None:
             raise save.error
         save.mark("checked")
-        return self._in_step(save, snapshot.files())
+        return snapshot.files()
 
     def _in_step(self, save: Save, files: Sequence[FileEntry]) -> tuple[FileEntry, ...]:
         """What the plan has written, as files of the step; and what the layout adds for the part."""
         _, attempt = save.begun()
-        found = _based(attempt, files)
+        base = f"{attempt.base}/" if attempt.base else ""
+        found = [replace(file, path=base + file.path) if base else file for file in files]
         if self._member.rank == 0:
             for path, data in self._root.layout.added_files(save.step, self._member.part).items():
                 found.append(self._root.add_file(attempt, path, data, files[0].block_nbytes))
@@ -173,35 +174,34 @@ class Committer:
         parts = snapshot.plan.shared
         if not parts:
             return files
-        places = self._ranks.parts.places(self._member.part)
+        places = self._ranks.parts.places(self._member.part)  # plans count within the part
         handed = {part.path: snapshot.handed(part) for part in parts}
         written = [part for part in parts if part.inside is not None or part.edges is not None]
         for closer in sorted({part.closer for part in written}):
             own = {part.path: handed[part.path] for part in written if part.closer == closer}
             self._ranks.hand_over(save.call, places[closer], closing.to_bytes(own))
         ours = [part for part in parts if part.closer == self._member.rank]
-        contributors = sorted({rank for part in ours for rank in part.contributors()})
-        said = self._ranks.take_over(save.call, [places[rank] for rank in contributors])
-        others = {places.index(place): closing.from_bytes(data) for place, data in said.items()}
-        closed = []
+        contributors = sorted({places[rank] for part in ours for rank in part.contributors()})
+        others = {
+            places.index(place): closing.from_bytes(data)
+            for place, data in self._ranks.take_over(save.call, contributors).items()
+        }
         for part in ours:
-            of_all = {rank: one[part.path] for rank, one in others.items() if part.path in one}
+            of_all = {rank: said[part.path] for rank, said in others.items() if part.path in said}
             of_all[self._member.rank] = handed[part.path]
-            directory = attempt.path / attempt.base
-            closed.append(
-                closing.close_file(
-                    self._root.fs,
-                    directory,
-                    part,
-                    of_all,
-                    CHUNK_NBYTES,
-                    crc32_combine,
-                    lambda rank: self._ranks.called(places[rank]),
-                )
+            entry = closing.close_file(
+                self._root.fs,
+                attempt,
+                part,
+                of_all,
+                CHUNK_NBYTES,
+                crc32_combine,
+                lambda rank: self._ranks.called(places[rank]),
             )
+            files = (*files, entry)
         if ours:
             save.mark("closed")
-        return (*files, *_based(attempt, closed))
+        return files
 
     def _await_release(self, save: Save, snapshot: Snapshot) -> None:
         while not snapshot.wait_released(_LOOK_S):
@@ -387,10 +387,3 @@ class Committer:
             with self._lock:
                 self._in_flight = [other for other in self._in_flight if other is not save]
             save.finish()
-
-
-def _based(attempt: Attempt, files: Sequence[FileEntry]) -> list[FileEntry]:
-    """Files of a plan, as files of the step."""
-    if not attempt.base:
-        return list(files)
-    return [replace(file, path=f"{attempt.base}/{file.path}") for file in files]

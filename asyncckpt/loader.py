@@ -249,11 +249,11 @@ class Loader:
         """A tree with a part per model-parallel rank is loaded by as many ranks as saved it."""
         if self._model_rank is None or entry.manifest is None:
             return
-        if not self._has_as_many_ranks(entry):
-            saved = entry.manifest.world_sizes.get(self._member.part, 0)
+        saved, here = entry.manifest.world_sizes[self._member.part], self._member.world_size
+        if saved != here:
             raise LoadError(
-                f"{entry.path} was saved by {saved} ranks and is loaded by {self._member.world_size}: files "
-                f"of layout {self._root.layout.name!r} are not resharded, those of 'dcp' are"
+                f"{entry.path} was saved by {saved} ranks and is loaded by {here}: layout "
+                f"{self._root.layout.name!r} is not resharded. A checkpoint in the dcp layout can be"
             )
 
     def _listed(self, entry: StepEntry) -> dict[str, FileEntry] | None:
@@ -264,10 +264,10 @@ class Loader:
             raise CorruptStepError(str(entry.path), entry.problem)
         if entry.manifest is None:
             return None
-        self._check_world(entry)
         if self._member.part not in entry.manifest.world_sizes:
             there = ", ".join(entry.manifest.world_sizes)
             raise LoadError(f"{entry.path} has no part {self._member.part!r}; it was saved by: {there}")
+        self._check_world(entry)
         holds = self._place(entry).holds
         fragments = self._root.read_fragments(entry)
         return {file.path: file for fragment in fragments for file in fragment.files if holds(file.path)}

@@ -356,7 +356,7 @@ class Ranks:
             if not deadline.pause():
                 missing = self._not_said(save, slots, others, others)
                 raise RankError(
-                    f"{self.called(*missing)} wrote no part of a shared file within {self._timeout_s:g} s"
+                    f"{self.called(*missing)} wrote no part of its files within {self._timeout_s:g} s"
                 )
         client.delete(key)
         found = {}

@@ -273,17 +273,18 @@ def _as_path(path: Any, name: str) -> tuple[str | int, ...]:
 
 
 def _read_megatron(files: StepFiles, place: Place, trusted: bool, model_rank: ModelRank) -> dict[str, Any]:
-    found = {path.name for path in (files.directory / place.base).glob("mp_rank_*")}
+    directory = files.directory / place.base
+    found = {path.name for path in directory.glob("mp_rank_*")}
     expected = model_rank.directories()
     if found > expected or (found and not found & expected):
         raise LoadError(
-            f"{files.directory} has the parts of {len(found)} model-parallel ranks ({_some(found)}), here "
+            f"{directory} has the parts of {len(found)} model-parallel ranks ({_some(found)}), here "
             f"are {len(expected)} ({_some(expected)}): it can only be loaded by as many, in the same roles. "
             f"A checkpoint in the dcp layout can be resharded"
         )
     if expected - found:
         missing = _some(expected - found)
-        raise CorruptStepError(str(files.directory), f"parts of the model are missing: {missing}")
+        raise CorruptStepError(str(directory), f"parts of the model are missing: {missing}")
     return from_megatron(read_zip(files, place.path(model_rank.model_path), trusted=trusted))
 
 

@@ -25,7 +25,7 @@ def planner_for(
     """The planner of a format (see `layouts.Place`), for one of `world_size` ranks.
 
     Raises:
-        OptionError: the format is one rank's, or nothing says which part of the model the rank has.
+        OptionError: nothing says which part of the model the rank has, or the format is one rank's.
     """
     if form == "megatron":
         if world_size > 1 and model_rank is None:
@@ -38,6 +38,6 @@ def planner_for(
         raise OptionError(f"model_rank: files of format {form!r} have no use for it")
     if form == "driver":
         if world_size > 1:
-            raise OptionError(f"files of format {form!r} are written by one rank, here are {world_size}")
+            raise OptionError(f"a driver is one process, here are {world_size}")
         return DriverPlanner()
     return DcpPlanner(rank, world_size, _RLINF if form == "rlinf-dcp" else None)
