@@ -52,7 +52,7 @@ from .lease import RootLease, owner_of
 from .loader import Loader, Resume
 from .packing import Packer
 from .planners import planner_for
-from .ranks import ranks_of
+from .ranks import member_of, ranks_of
 from .snapshot import Stager
 from .state import TrainingState, named_models
 
@@ -77,8 +77,9 @@ class AsyncCheckpointer:
             tensors, arrays and objects in place, and replaces the other values in the dict.
         per_rank: the same, of what is a rank's own where there are several; generators and the dataloader
             are kept per rank anyway. All else is taken to be the same on every rank, or a DTensor.
-        layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint) or "megatron"
-            (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker).
+        layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint), "megatron"
+            (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker), "rlinf-fsdp" or "rlinf-megatron"
+            (`global_step_50/`, a directory per part; see `integrations.rlinf`).
         host_memory: bytes that staging may take, all in all. A state that is larger streams through;
             then the step fence waits for the disk. Default: see `memory.default_host_memory_bytes`. With
             guard="full", checksums of what is on CUDA devices take 8 MiB more, once for the process.
@@ -105,6 +106,10 @@ class AsyncCheckpointer:
         store, rank, world_size: in what, and among whom, ranks agree. Default: torch.distributed's own,
             if its process group was initialised; world_size=1 makes this rank save by itself. Every rank
             constructs its checkpointer, and calls save() and load() in the same order, with the same steps.
+        parts: where several groups of processes write one step: the ranks of each, the same everywhere; the
+            first rank of the first publishes. Each part's files lie in a directory of its name.
+        part: which of them this process belongs to. `rank` and `world_size` are then those within it, and
+            `store` must be one that all participants reach.
         rank_timeout_s: a rank that shows no sign of life for so long is taken for dead.
         model_rank: which part of the model this rank has, in layout "megatron" where there are several.
         on_phase: called with (step, phase) as each phase is reached, on whatever thread reaches it.
@@ -145,6 +150,8 @@ class AsyncCheckpointer:
         store: Any = None,
         rank: int | None = None,
         world_size: int | None = None,
+        part: str | None = None,
+        parts: Mapping[str, int] | None = None,
         rank_timeout_s: float = 60.0,
         model_rank: ModelRank | None = None,
         on_phase: PhaseObserver | None = None,
@@ -170,7 +177,9 @@ class AsyncCheckpointer:
             per_rank=per_rank,
             rng=save_rng,
         )
-        layout_named(layout)  # refuse a wrong name before anything is written
+        member, store = member_of(store, rank, world_size, part, parts)
+        self._part = member.part
+        place = layout_named(layout).place(0, member.part)  # refuse wrong names before anything is written
         self._on_error = on_error
         self._max_in_flight = max_in_flight
         self._when_busy = when_busy
@@ -188,12 +197,12 @@ class AsyncCheckpointer:
         path, fs = Path(os.fsdecode(root)).absolute(), Filesystem()
         with ExitStack() as undo:  # what was begun, should the rest fail
             self._ranks = ranks_of(
-                store, rank, world_size, str(path), timeout_s=fence_timeout_s, silence_s=rank_timeout_s
+                member, store, str(path), timeout_s=fence_timeout_s, silence_s=rank_timeout_s
             )
             undo.callback(self._ranks.close)
             if not self._ranks.alone and when_busy == "skip":
                 raise OptionError('when_busy: several ranks would not skip the same saves; use "wait"')
-            planner = planner_for(layout, self._ranks.rank, self._ranks.world_size, model_rank)
+            planner = planner_for(place.format, member.rank, member.world_size, model_rank)
 
             def begin() -> dict[str, Any]:  # on the first rank alone
                 incarnation = new_incarnation()
@@ -201,7 +210,7 @@ class AsyncCheckpointer:
                     prepare_root(path, fs)
                     self._lease = RootLease.acquire(path, owner=incarnation, heartbeat_s=HEARTBEAT_S)
                     undo.callback(self._lease.release)
-                root = CheckpointRoot(path, layout_named(layout), fs)
+                root = CheckpointRoot(path, layout_named(layout), fs, member.parts)
                 if not read_only:
                     root.sweep(incarnation)
                 return {"incarnation": incarnation}
@@ -209,8 +218,8 @@ class AsyncCheckpointer:
             self._incarnation = self._ranks.begin(begin)["incarnation"]
             if not self._ranks.alone:
                 self._join(path, read_only)
-            self._root = CheckpointRoot(path, layout_named(layout), fs)
-            self._loader = Loader(self._root, self._state, self._ranks, model_rank)
+            self._root = CheckpointRoot(path, layout_named(layout), fs, member.parts)
+            self._loader = Loader(self._root, self._state, self._ranks, member, model_rank)
             if read_only:
                 undo.pop_all()
                 return
@@ -240,6 +249,7 @@ class AsyncCheckpointer:
                 self._failures.note,
                 fence_timeout_s,
                 self._ranks,
+                member,
             )
             undo.pop_all()
         atexit.register(self._at_exit)
@@ -249,12 +259,13 @@ class AsyncCheckpointer:
         problem = ""
         if not read_only and not self._ranks.is_first and owner_of(path) != self._incarnation:
             problem = (
-                f"{path} is not the directory that rank 0 sees there; ranks need a filesystem that they share"
+                f"{path} is not the directory that {self._ranks.called(0)} sees there; "
+                f"ranks need a filesystem that they share"
             )
         try:
             self._ranks.join(problem)
-        except RankError:
-            if problem:
+        except RankError as error:
+            if problem and problem in str(error):  # else rank 0 has left meanwhile, for another reason
                 raise RootError(problem) from None
             raise
 
@@ -361,9 +372,13 @@ class AsyncCheckpointer:
             for name, kind in planned.plan.untrusted:
                 _log.warning("%s holds a %s: loading it will need trusted=True", name, kind)
         save.report.replanned = planned.replanned
-        directories = planned.plan.directories()
+        place = self._root.layout.place(save.step, self._part)
         attempt = self._root.begin(
-            save.step, attempt_id(self._incarnation, save.call), directories, shared=not self._ranks.alone
+            save.step,
+            attempt_id(self._incarnation, save.call),
+            {place.path(directory) for directory in planned.plan.directories()},
+            base=place.base,
+            shared=not self._ranks.alone,
         )
         try:
             save.attempt = attempt
@@ -371,7 +386,7 @@ class AsyncCheckpointer:
             save.report.packed, save.report.pack_s = packing.tensors, packing.seconds
             save.sample = packing.sample
             save.submitting_s = save.elapsed_s()
-            save.snapshot = self._stager.snapshot(packing.planned, captured.live, attempt.path)
+            save.snapshot = self._stager.snapshot(packing.planned, captured.live, attempt.files)
             self._state.hold_back_arrays()  # until what was copied inside save() is copied
             save.mark("submitted")
             committer.take(save)

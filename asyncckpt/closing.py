@@ -13,7 +13,7 @@ import errno
 import json
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .commit import Attempt
@@ -76,12 +76,14 @@ def close_file(
     handed: Mapping[int, Handed],
     block_nbytes: int,
     combine: Combine,
+    called: Callable[[int], str],
 ) -> FileEntry:
     """Write what is left of a file, once its ranks have written their parts; what the file is then.
 
     Args:
         handed: by rank, of all that have any of it.
         block_nbytes: of the manifest; a multiple of the chunks of all ranks.
+        called: a rank, as messages name it.
 
     Raises:
         RankError: a rank wrote something else than this one expects.
@@ -92,9 +94,10 @@ def close_file(
         raise RuntimeError(f"{part.path} is closed by rank {part.closer}")
     for rank, one in handed.items():
         if one.digest != part.digest:
+            here, there = called(rank), called(part.closer)
             raise RankError(
-                f"{part.path}: rank {rank} saves something else there than rank {part.closer}: what they "
-                f"hold together must have the same names, sizes and types"
+                f"{part.path}: {here} saves something else there than {there}: what they hold together must "
+                f"have the same names, sizes and types"
             )
     try:
         closing = slices.close(
@@ -107,17 +110,17 @@ def close_file(
         )
     except SliceError as error:
         raise RankError(str(error)) from error
-    fs.write_into(attempt.path / part.path, closing.writes, part.image.nbytes)
+    fs.write_into(attempt.files / part.path, closing.writes, part.image.nbytes)
     for one in handed.values():
         if one.edges is not None:
-            fs.unlink(attempt.path / one.edges.path)
+            fs.unlink(attempt.files / one.edges.path)
     return FileEntry(part.path, part.image.nbytes, block_nbytes, closing.block_crcs)
 
 
 def _read(fs: Filesystem, attempt: Attempt, entry: FileEntry | None) -> bytes:
     if entry is None:
         return b""
-    path = attempt.path / entry.path
+    path = attempt.files / entry.path
     try:
         data = fs.read(path)
     except OSError as problem:

@@ -71,6 +71,7 @@ from .formats.manifest import (
     fragment_name,
 )
 from .layouts import Layout
+from .parts import Parts
 from .steps import ABANDONED_PREFIX, RootView, StepEntry
 
 OnPhase = Callable[[str], None]
@@ -96,12 +97,23 @@ def attempt_id(incarnation: str, save: int) -> str:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A save under way: a hidden directory that only this attempt writes into."""
+    """A save under way: a hidden directory that only this attempt writes into.
+
+    Attributes:
+        directories: below `path`, parents first.
+        base: where below `path` this process's plan begins; "" is `path` itself.
+    """
 
     id: str
     step: int
     path: Path
-    directories: tuple[Path, ...]  # below `path`, parents first
+    directories: tuple[Path, ...]
+    base: str = ""
+
+    @property
+    def files(self) -> Path:
+        """Where the paths of this process's plan begin."""
+        return self.path / self.base
 
 
 def _ensure_directory(path: Path, fs: Filesystem) -> None:
@@ -148,9 +160,11 @@ class CheckpointRoot(RootView):
     beside it, and so may `discard` of another attempt.
     """
 
-    def __init__(self, path: Path, layout: Layout, fs: Filesystem | None = None) -> None:
+    def __init__(
+        self, path: Path, layout: Layout, fs: Filesystem | None = None, parts: Parts | None = None
+    ) -> None:
         """Raises RootError if `path` is not a directory that can be listed; absent is as empty."""
-        super().__init__(path, layout, fs)
+        super().__init__(path, layout, fs, parts)
         self._lock = threading.Lock()  # guards the fields below; never held during I/O
         self._resumed_from: int | None = None
         self._ceiling: int | None = None  # steps above it belong to a timeline that was left
@@ -219,11 +233,18 @@ class CheckpointRoot(RootView):
     # -- one attempt
 
     def begin(
-        self, step: int, attempt: str, directories: Iterable[str] = (), *, shared: bool = False
+        self,
+        step: int,
+        attempt: str,
+        directories: Iterable[str] = (),
+        *,
+        base: str = "",
+        shared: bool = False,
     ) -> Attempt:
         """Create the hidden directory of an attempt, with `directories` below it.
 
         Args:
+            base: see `Attempt`; `directories` are relative to the attempt's path, as it is.
             shared: several ranks write into it; whoever comes first creates it.
 
         Raises:
@@ -233,12 +254,12 @@ class CheckpointRoot(RootView):
             raise OptionError(f"not an attempt id: {attempt!r}")
         path = self.path / f"{TEMPORARY_PREFIX}{self.layout.step_name(step)}-{attempt}"
         below: set[Path] = set()
-        for name in directories:
+        for name in (*directories, *([base] if base else ())):
             directory = path / check_path(name)
             while directory != path:
                 below.add(directory)
                 directory = directory.parent
-        begun = Attempt(attempt, step, path, tuple(sorted(below)))  # sorted: parents come first
+        begun = Attempt(attempt, step, path, tuple(sorted(below)), base)  # sorted: parents come first
         try:
             for directory in (path, *begun.directories):
                 if shared:
@@ -271,9 +292,15 @@ class CheckpointRoot(RootView):
         self.fs.write_file(attempt.path / name, data)
         return FragmentRef(name, len(data), zlib.crc32(data))
 
-    def write_metadata(self, attempt: Attempt, path: str, data: bytes, block_nbytes: int) -> FileEntry:
-        """Add a file that could only be made when all ranks had written; its entry for the fragment."""
-        self.fs.write_file(attempt.path / check_path(path), data)
+    def add_file(self, attempt: Attempt, path: str, data: bytes, block_nbytes: int) -> FileEntry:
+        """Add a file that no plan has, in a directory that is there; its entry for the fragment.
+
+        Its directory may be another part's, which has made it durable before: then it is so once more.
+        """
+        target = attempt.path / check_path(path)
+        self.fs.write_file(target, data)
+        if target.parent not in (attempt.path, *attempt.directories):
+            self.fs.fsync_dir(target.parent)
         blocks = range(0, len(data), block_nbytes)
         crcs = tuple(zlib.crc32(data[begin : begin + block_nbytes]) for begin in blocks)
         return FileEntry(path, len(data), block_nbytes, crcs)
@@ -304,8 +331,7 @@ class CheckpointRoot(RootView):
         attempt: Attempt,
         fragments: Sequence[FragmentRef],
         *,
-        world_size: int = 1,
-        parts: Sequence[str] = ("main",),
+        parts: Parts | None = None,
         metadata: Mapping[str, Any] | None = None,
         on_phase: OnPhase = lambda phase: None,
     ) -> Manifest:
@@ -313,7 +339,7 @@ class CheckpointRoot(RootView):
 
         `on_phase` hears "manifest", "abandoned" (if a timeline was left), "renamed", "durable" and
         "tracked" (if the layout has a tracker), each when that phase has ended. What it raises
-        ends the publish as a failure there would.
+        ends the publish as a failure there would. `parts`: who wrote it; None is one rank alone.
 
         Raises:
             StepError, StepExistsError: see `check_step`.
@@ -322,13 +348,15 @@ class CheckpointRoot(RootView):
         with self._lock:
             self._ordinal += 1  # a failure may leave a gap: two commits never share one
             ordinal = self._ordinal
+        parts = parts or Parts.none(1)
         manifest = Manifest(
             attempt=attempt.id,
             ordinal=ordinal,
             step=attempt.step,
             layout=self.layout.name,
-            world_size=world_size,
-            parts=tuple(parts),
+            world_size=parts.world_size,
+            parts=tuple(parts.world_sizes),
+            part_world_sizes=tuple(parts.world_sizes.values()) if parts.declared else (),
             fragments=tuple(fragments),
             metadata=dict(metadata or {}),
         )

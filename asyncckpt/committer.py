@@ -17,16 +17,17 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from . import closing
 from .commit import Attempt, CheckpointRoot
 from .errors import CheckpointError, RankError, RootError, SaveError
-from .formats.distcp import merged_metadata
+from .formats.distcp import merged_metadata, pickled_names
 from .formats.manifest import FileEntry, FragmentRef
 from .inflight import ABORT_S, Save
-from .layouts.dcp import METADATA_PATH
 from .lease import RootLease
+from .parts import Member
 from .ranks import Ballot, Outcome, Ranks, digest
 from .snapshot import CHUNK_NBYTES, Snapshot, crc32_combine
 
@@ -54,12 +55,14 @@ class Committer:
         on_failure: Callable[[Save], None],
         fence_timeout_s: float,
         ranks: Ranks,
+        member: Member,
     ) -> None:
         self._root = root
         self._lease = lease
         self._ranks = ranks
-        # The last .metadata, and the digests of what it was made of.
-        self._metadata: tuple[list[tuple[str, str]], bytes] = ([], b"")
+        self._member = member
+        # Of each part the last .metadata, and the digests of what it was made of.
+        self._metadata: dict[str, tuple[list[tuple[str, str]], bytes]] = {}
         self._said_different = False
         self._keep = keep
         self._on_failure = on_failure
@@ -121,14 +124,14 @@ class Committer:
     def _commit(self, save: Save) -> None:
         if self._ranks.is_first:
             try:
-                files = self._closed(save, self._written(save))
+                files = self._in_step(save, self._closed(save, self._written(save)))
             except BaseException as error:
                 self._give_up(save, save.error or error)  # the first reason; what follows says "given up"
                 raise
             self._publish(save, files)
             return
         try:
-            ballot = self._part(save, self._closed(save, self._written(save)))
+            ballot = self._part(save, self._in_step(save, self._closed(save, self._written(save))))
         except BaseException as error:
             # Rank 0 removes what has failed for another rank, also what is being written here.
             ended = self._ranks.ended_early(save.call)
@@ -155,27 +158,46 @@ class Committer:
         save.mark("checked")
         return snapshot.files()
 
+    def _in_step(self, save: Save, files: Sequence[FileEntry]) -> tuple[FileEntry, ...]:
+        """What the plan has written, as files of the step; and what the layout adds for the part."""
+        _, attempt = save.begun()
+        base = f"{attempt.base}/" if attempt.base else ""
+        found = [replace(file, path=base + file.path) if base else file for file in files]
+        if self._member.rank == 0:
+            for path, data in self._root.layout.added_files(save.step, self._member.part).items():
+                found.append(self._root.add_file(attempt, path, data, files[0].block_nbytes))
+        return tuple(found)
+
     def _closed(self, save: Save, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
         """With the files that ranks write together and this one closes, once all wrote their parts."""
         snapshot, attempt = save.begun()
         parts = snapshot.plan.shared
         if not parts:
             return files
+        places = self._ranks.parts.places(self._member.part)  # plans count within the part
         handed = {part.path: snapshot.handed(part) for part in parts}
         written = [part for part in parts if part.inside is not None or part.edges is not None]
         for closer in sorted({part.closer for part in written}):
             own = {part.path: handed[part.path] for part in written if part.closer == closer}
-            self._ranks.hand_over(save.call, closer, closing.to_bytes(own))
-        ours = [part for part in parts if part.closer == self._ranks.rank]
-        contributors = sorted({rank for part in ours for rank in part.contributors()})
+            self._ranks.hand_over(save.call, places[closer], closing.to_bytes(own))
+        ours = [part for part in parts if part.closer == self._member.rank]
+        contributors = sorted({places[rank] for part in ours for rank in part.contributors()})
         others = {
-            rank: closing.from_bytes(data)
-            for rank, data in self._ranks.take_over(save.call, contributors).items()
+            places.index(place): closing.from_bytes(data)
+            for place, data in self._ranks.take_over(save.call, contributors).items()
         }
         for part in ours:
             of_all = {rank: said[part.path] for rank, said in others.items() if part.path in said}
-            of_all[self._ranks.rank] = handed[part.path]
-            entry = closing.close_file(self._root.fs, attempt, part, of_all, CHUNK_NBYTES, crc32_combine)
+            of_all[self._member.rank] = handed[part.path]
+            entry = closing.close_file(
+                self._root.fs,
+                attempt,
+                part,
+                of_all,
+                CHUNK_NBYTES,
+                crc32_combine,
+                lambda rank: self._ranks.called(places[rank]),
+            )
             files = (*files, entry)
         if ours:
             save.mark("closed")
@@ -203,7 +225,7 @@ class Committer:
     def _give_up(self, save: Save, error: BaseException) -> None:
         """Tell the other ranks that the save has failed for all; rank 0 removes what was written."""
         if self._ranks.is_first:
-            self._announce(save, f"rank 0: {error}")
+            self._announce(save, f"{self._member}: {error}")
             if save.attempt is not None:
                 self._root.discard(save.attempt)
             return
@@ -232,7 +254,7 @@ class Committer:
             self._root.publish(
                 attempt,
                 fragments,
-                world_size=self._ranks.world_size,
+                parts=self._ranks.parts,
                 metadata=save.metadata,
                 on_phase=mark,
             )
@@ -256,51 +278,57 @@ class Committer:
             _log.warning("the other ranks could not be told: %s", silent)
 
     def _fragments(self, save: Save, attempt: Attempt, files: tuple[FileEntry, ...]) -> list[FragmentRef]:
-        """Of all ranks, ours last written: it lists the `.metadata` that describes them all."""
+        """Of all ranks, ours last written: it lists each `.metadata` that describes several."""
         if self._ranks.alone:
             return [self._root.write_fragment(attempt, 0, files)]
         own = self._ballot(save)
         ballots = self._ranks.collect(save.call, own)
         save.mark("voted")
-        self._warn_of_differences(save, ballots)
-        if not save.begun()[0].plan.layout:  # files that describe themselves
-            return self._gathered(attempt, files, ballots)
-        made_of = [(ballot.tree, ballot.layout) for ballot in ballots]
-        if made_of != self._metadata[0]:
-            plan = save.begun()[0].plan
-            layouts = self._ranks.layouts(ballots, plan.tree, plan.layout)
-            self._metadata = (made_of, merged_metadata(layouts))
-        block_nbytes = files[0].block_nbytes
-        entry = self._root.write_metadata(attempt, METADATA_PATH, self._metadata[1], block_nbytes)
-        return self._gathered(attempt, (*files, entry), ballots)
-
-    def _gathered(
-        self, attempt: Attempt, files: tuple[FileEntry, ...], ballots: list[Ballot]
-    ) -> list[FragmentRef]:
-        fragments = [self._root.write_fragment(attempt, 0, files)]
+        described = []
+        for part in self._ranks.parts.world_sizes:
+            of_part = [ballots[place] for place in self._ranks.parts.places(part)]
+            if of_part[0].layout:  # else each of its ranks describes what it wrote
+                path = self._root.layout.place(save.step, part)
+                data = self._described(save, part, of_part)
+                described.append(
+                    self._root.add_file(attempt, path.path(path.metadata), data, files[0].block_nbytes)
+                )
+        fragments = [self._root.write_fragment(attempt, 0, (*files, *described))]
         for ballot in ballots[1:]:
             if ballot.fragment is None:
-                raise RankError(f"rank {ballot.rank} voted for a part that it did not name")
+                raise RankError(f"{self._ranks.called(ballot.rank)} voted for files that it did not name")
             self._root.check_fragment(attempt, ballot.fragment)
             fragments.append(ballot.fragment)
         return fragments
 
-    def _warn_of_differences(self, save: Save, ballots: list[Ballot]) -> None:
+    def _described(self, save: Save, part: str, ballots: Sequence[Ballot]) -> bytes:
+        """The `.metadata` of what the ranks of a part have written."""
+        made_of = [(ballot.tree, ballot.layout) for ballot in ballots]
+        known, data = self._metadata.get(part, ([], b""))
+        if made_of != known:
+            plan = save.begun()[0].plan
+            data = merged_metadata(self._ranks.layouts(ballots, plan.tree, plan.layout))
+            self._metadata[part] = (made_of, data)
+        self._warn_of_differences(ballots)
+        return data
+
+    def _warn_of_differences(self, ballots: Sequence[Ballot]) -> None:
         """Python leaves are saved once. What differs is most likely a rank's own."""
-        if self._said_different:
-            return
-        names = save.begun()[0].plan.names
-        for ballot in ballots[1:]:
-            for name, here, there in zip(names, ballots[0].pickles, ballot.pickles, strict=False):
-                if here != there:
-                    self._said_different = True
-                    _log.warning(
-                        "%s is not the same on rank %d as on rank 0, whose is saved; hand over in per_rank "
-                        "what is a rank's own",
-                        name,
-                        ballot.rank,
-                    )
-                    return
+        first, *others = ballots
+        for ballot in others:
+            if self._said_different or ballot.pickles == first.pickles:
+                continue
+            pairs = zip(first.pickles, ballot.pickles, strict=False)
+            number = next((index for index, (here, there) in enumerate(pairs) if here != there), None)
+            if number is not None:
+                self._said_different = True
+                _log.warning(
+                    "%s is not the same on %s as on %s, whose is saved; hand over in per_rank "
+                    "what is a rank's own",
+                    pickled_names(self._ranks.tree_of(first))[number],
+                    self._ranks.called(ballot.rank),
+                    self._ranks.called(first.rank),
+                )
 
     # -- the others
 
@@ -335,8 +363,8 @@ class Committer:
             step=save.step,
             fragment=fragment,
             groups=snapshot.plan.groups,
-            tree=digest(snapshot.plan.tree),
-            layout=digest(snapshot.plan.layout),
+            tree=digest(snapshot.plan.tree) if snapshot.plan.layout else "",
+            layout=digest(snapshot.plan.layout) if snapshot.plan.layout else "",
             pickles=snapshot.shared_crcs,
         )
 

@@ -31,7 +31,10 @@ from .errors import (
     StepNotFoundError,
 )
 from .formats.manifest import FileEntry
+from .layouts.dcp import own_path
 from .layouts.megatron import ModelRank
+from .layouts.place import Place
+from .parts import Member
 from .ranks import Ranks
 from .state import TrainingState
 from .steps import StepEntry
@@ -85,12 +88,18 @@ class Loader:
     """
 
     def __init__(
-        self, root: CheckpointRoot, state: TrainingState, ranks: Ranks, model_rank: ModelRank | None = None
+        self,
+        root: CheckpointRoot,
+        state: TrainingState,
+        ranks: Ranks,
+        member: Member,
+        model_rank: ModelRank | None = None,
     ) -> None:
         self._model_rank = model_rank
         self._root = root
         self._state = state
         self._ranks = ranks
+        self._member = member
         self.must_load: str | None = None
 
     def latest(self, strict: bool, trusted: bool) -> Resume | None:
@@ -158,7 +167,8 @@ class Loader:
 
         def find() -> StepEntry:
             if chosen != step:
-                raise RankError(f"rank {self._ranks.rank} loads step {step} where rank 0 loads step {chosen}")
+                first = self._ranks.called(0)
+                raise RankError(f"{self._member} loads step {step} where {first} loads step {chosen}")
             return self._root.find(step)
 
         return self._load(find, strict, trusted, (), verify_first)
@@ -208,7 +218,10 @@ class Loader:
 
     @property
     def _share(self) -> tuple[int, int]:
-        return self._ranks.rank, self._ranks.world_size
+        return self._member.rank, self._member.world_size
+
+    def _place(self, entry: StepEntry) -> Place:
+        return self._root.layout.place(entry.step, self._member.part)
 
     def _together(self, act: Callable[[], _Result]) -> _Result:
         """Do this rank's part of something, and return once all ranks did theirs.
@@ -233,14 +246,16 @@ class Loader:
         rank = next(rank for rank, other in enumerate(said) if other.startswith(grave))
         text = said[rank].removeprefix(grave)
         if grave == _DAMAGED:
-            raise CorruptStepError(str(self._root.path), f"on rank {rank}: {text}") from failure
-        raise RankError(f"rank {rank} could not load: {text}") from failure
+            raise CorruptStepError(
+                str(self._root.path), f"on {self._ranks.called(rank)}: {text}"
+            ) from failure
+        raise RankError(f"{self._ranks.called(rank)} could not load: {text}") from failure
 
     def _check_world(self, entry: StepEntry) -> None:
         """A tree with a part per model-parallel rank is loaded by as many ranks as saved it."""
         if self._model_rank is None or entry.manifest is None:
             return
-        saved, here = entry.manifest.world_size, self._ranks.world_size
+        saved, here = entry.manifest.world_sizes[self._member.part], self._member.world_size
         if saved != here:
             raise LoadError(
                 f"{entry.path} was saved by {saved} ranks and is loaded by {here}: layout "
@@ -248,22 +263,30 @@ class Loader:
             )
 
     def _listed(self, entry: StepEntry) -> dict[str, FileEntry] | None:
-        """What the files of a step must be; None where nobody says."""
+        """What the files of this part must be in a step; None where nobody says."""
         if entry.too_new:
             raise LoadError(f"{entry.problem}")
         if entry.problem is not None:
             raise CorruptStepError(str(entry.path), entry.problem)
-        self._check_world(entry)
-        if entry.foreign:
+        if entry.manifest is None:
             return None
+        if self._member.part not in entry.manifest.world_sizes:
+            there = ", ".join(entry.manifest.world_sizes)
+            raise LoadError(f"{entry.path} has no part {self._member.part!r}; it was saved by: {there}")
+        self._check_world(entry)
+        holds = self._place(entry).holds
         fragments = self._root.read_fragments(entry)
-        return {file.path: file for fragment in fragments for file in fragment.files}
+        return {file.path: file for fragment in fragments for file in fragment.files if holds(file.path)}
 
     def _left(self, entry: StepEntry) -> tuple[str, ...]:
         """Sections that the ranks which saved it cannot give to those that are here."""
-        if entry.manifest is None or entry.manifest.world_size == self._ranks.world_size:
+        if entry.manifest is None or self._has_as_many_ranks(entry):
             return ()
         return tuple(name for name in OWN_SECTIONS if name in self._state.sections)
+
+    def _has_as_many_ranks(self, entry: StepEntry) -> bool:
+        sizes = entry.manifest.world_sizes if entry.manifest is not None else {}
+        return sizes.get(self._member.part) == self._member.world_size
 
     def _match(
         self,
@@ -275,15 +298,17 @@ class Loader:
     ) -> Matching:
         """What goes where; nothing is changed yet."""
         try:
+            place = self._place(entry)
             tree = restore.read_tree(
                 files,
-                self._root.layout.name,
+                place,
                 trusted=trusted,
                 model_rank=self._model_rank,
                 shared=self._state.shared_paths(),
             )
-            if entry.manifest is not None and entry.manifest.world_size == self._ranks.world_size > 1:
-                tree.update(restore.read_own(files, self._ranks.rank, trusted=trusted))
+            own = place.path(own_path(self._member.rank))
+            if own in (files.entries or ()) and self._has_as_many_ranks(entry):
+                tree.update(restore.read_zip(files, own, trusted=trusted))
             tree = {name: branch for name, branch in tree.items() if name not in left}
             restore.refuse_inert(tree, self._state.restored())
             matching = self._state.match(tree)

@@ -11,7 +11,7 @@ Pure: no I/O, no threads, no tensor bytes. A planner belongs to one thread.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +47,11 @@ class SharedPart:
     edges: int | None
     image: FileImage | None = None
     spans: Int64Array | None = None
+
+    def after(self, images: int) -> SharedPart:
+        """The same behind so many images."""
+        inside, edges = (None if n is None else n + images for n in (self.inside, self.edges))
+        return replace(self, inside=inside, edges=edges)
 
     def contributors(self) -> list[int]:
         """On the closer: the ranks that have any of it."""
@@ -203,6 +208,18 @@ def planned_with(
         replanned,
         shared_crcs,
     )
+
+
+def number_storages(names: list[str], written: list[tuple[str, Pickled]]) -> list[list[tuple[int, int]]]:
+    """(source, nbytes) of the storages met while pickling, which are the last sources; names them."""
+    numbers = []
+    for name, pickled in written:
+        storages = []
+        for position, storage in enumerate(pickled.storages):
+            storages.append((len(names), storage.nbytes()))
+            names.append(f"{name} (storage {position})")
+        numbers.append(storages)
+    return numbers
 
 
 def inert_in(pickled: Pickled) -> list[tuple[str, str]]:

@@ -25,7 +25,7 @@ import logging
 import threading
 import time
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ import torch.distributed
 
 from .errors import OptionError, RankError
 from .formats.manifest import FragmentRef
+from .parts import MAIN, Member, Parts
 from .store import CALL_TIMEOUT_S, StoreClient
 
 _log = logging.getLogger(__name__)
@@ -112,16 +113,25 @@ class Ranks:
 
     Args:
         store: of torch.distributed; every rank reaches the same. None for one rank alone.
+        rank, world_size: among all participants, whatever part they belong to.
         name: tells several checkpointers over one store apart; the same on every rank.
         timeout_s: how long a rank that is alive may take for its part of anything.
         silence_s: a rank that shows no sign of life for so long is taken for dead.
+        parts: what participants are called, and what all of them must have declared.
 
     From `begin` to `close` a thread gives signs of life. What belongs to saves is for one thread at a time;
     so is what belongs to loads.
     """
 
     def __init__(
-        self, store: Any, rank: int, world_size: int, name: str, timeout_s: float, silence_s: float
+        self,
+        store: Any,
+        rank: int,
+        world_size: int,
+        name: str,
+        timeout_s: float,
+        silence_s: float,
+        parts: Parts | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise OptionError(f"rank {rank} of {world_size} ranks")
@@ -129,9 +139,12 @@ class Ranks:
             raise OptionError(f"{world_size} ranks need a store to agree in")
         self.rank = rank
         self.world_size = world_size
+        self.parts = parts or Parts.none(world_size)
+        self._first = self.called(0)
         self._timeout_s = timeout_s
         self._silence_s = silence_s
-        self._client = StoreClient(store, f"asyncckpt/{name}/") if world_size > 1 else None
+        host = "the process that hosts it" + (f", usually {self._first}," if self.parts.declared else "")
+        self._client = StoreClient(store, f"asyncckpt/{name}/", host) if world_size > 1 else None
         # A thread that is inside the store when the interpreter goes takes the process down with it.
         atexit.register(self.close)
         self._run = "-"  # the incarnation, once it is agreed on
@@ -155,6 +168,10 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is the rank that publishes."""
         return self.rank == 0
+
+    def called(self, *ranks: int) -> str:
+        """What messages call them."""
+        return self.parts.called(*ranks)
 
     def close(self) -> None:
         """Leave. Rank 0, in whose process the store may live, first lets the others hear its last words."""
@@ -191,35 +208,60 @@ class Ranks:
 
         Raises:
             RankError: rank 0 failed, or does not answer; on rank 0 whatever `make` raises.
+            OptionError: this rank has declared other parts than rank 0.
         """
         if self._client is None:
             made = make()
             self._run = str(made["incarnation"])
             return made
         client = self._client
-        attempt = client.add(f"begin/{self.rank}", 1)
+        # By name, not by number: who has declared other parts is counted otherwise.
+        attempt = client.add(f"begin/{self.called(self.rank)}", 1)
         if self.is_first:
             try:
                 made = make()
             except BaseException as error:
                 client.set(f"refused/{attempt}", f"{type(error).__name__}: {error}".encode())
                 raise
+            client.set(f"{made['incarnation']}/parts", str(self.parts).encode())
             client.set("begun", json.dumps(made).encode())
         else:
             made = self._await_beginning(client, f"refused/{attempt}")
         self._run = str(made["incarnation"])
+        if not self.is_first:
+            self._check_parts(client)
         self._heart = threading.Thread(target=self._beat_on, name="asyncckpt-rank", daemon=True)
         self._heart.start()
         return dict(made)
 
+    def _check_parts(self, client: StoreClient) -> None:
+        theirs, ours = client.get(f"{self._run}/parts").decode(), str(self.parts)
+        if theirs != ours:
+            problem = f"{self.called(self.rank)} has parts {ours} where {self._first} has {theirs}"
+            client.set(f"{self._run}/other parts", problem.encode())
+            client.add(f"{self._run}/other parts/told", 1)
+            raise OptionError(f"parts: {problem}")
+
+    def _told_of_other_parts(self, others: Collection[int], enough: bool) -> str | None:
+        """Rank 0, before all have joined: what a rank with other parts has said, once all others are there to
+        hear of it; or at once, if it is `enough`."""
+        assert self._client is not None
+        key = f"{self._run}/other parts"
+        if self._joined.is_set() or not self.is_first or not self._client.has(key):
+            return None
+        come = sum(1 for beat in self.beats_of(list(others)) if beat)
+        if not enough and come + self._client.add(f"{key}/told", 0) < len(others):
+            return None
+        return self._client.get(key).decode()
+
     def _await_beginning(self, client: StoreClient, refused: str) -> dict[str, Any]:
         deadline = _Deadline(self._timeout_s, polling=self.world_size)
         seen: dict[str, bytes] = {}  # beats of rank 0, by incarnation
-        was = f"was/{self.rank}"
+        was = f"was/{self.called(self.rank)}"
         over = client.get(was).decode() if client.has(was) else ""
         while True:
             if client.has(refused):
-                raise RankError(f"rank 0 could not begin: {client.get(refused).decode()}")
+                raise RankError(f"{self._first} could not begin: {client.get(refused).decode()}")
             if client.has("begun"):
                 made: dict[str, Any] = json.loads(client.get("begun"))
                 key = f"{made['incarnation']}/beat/0"
@@ -230,8 +272,8 @@ class Ranks:
                         return made
             if not deadline.pause():
                 raise RankError(
-                    f"rank 0 took longer than {self._timeout_s:g} s to begin: has it a checkpointer over a "
-                    f"root of this very name?"
+                    f"{self._first} took longer than {self._timeout_s:g} s to begin: has it a "
+                    f"checkpointer over a root of this very name?"
                 )
 
     def join(self, problem: str) -> None:
@@ -252,7 +294,7 @@ class Ranks:
             self._joined.set()
         for rank, word in enumerate(said):
             if word:
-                raise RankError(f"rank {rank} cannot take part: {word}")
+                raise RankError(f"{self.called(rank)} cannot take part: {word}")
 
     def _beat_on(self) -> None:
         assert self._client is not None
@@ -306,7 +348,7 @@ class Ranks:
             if client.has(failed):
                 if self.is_first:
                     ballot = Ballot.from_bytes(client.get(failed))
-                    raise RankError(f"rank {ballot.rank}: {ballot.error}")
+                    raise RankError(f"{self.called(ballot.rank)}: {ballot.error}")
                 self._await([outcome], [0], "to say who has failed")  # and removes what we just found
             if client.has(outcome):
                 raise RankError("another rank's part has failed")
@@ -315,13 +357,15 @@ class Ranks:
                 raise self._silence_of(silent)
             if not deadline.pause():
                 missing = self._not_said(save, slots, others, others)
-                raise RankError(f"{_named(missing)} wrote no part of its files within {self._timeout_s:g} s")
+                raise RankError(
+                    f"{self.called(*missing)} wrote no part of its files within {self._timeout_s:g} s"
+                )
         client.delete(key)
         found = {}
         for rank, slot in zip(others, slots, strict=True):
             number, _, data = client.get_large(slot).partition(b" ")
             if int(number) != save:
-                raise RankError(f"rank {rank} went on to its next save before this one was decided")
+                raise RankError(f"{self.called(rank)} went on to its next save before this one was decided")
             found[rank] = data
         return found
 
@@ -344,7 +388,7 @@ class Ranks:
     def say_layout(self, ballot: Ballot, tree: bytes, layout: bytes) -> None:
         """Tell rank 0 where this rank's items lie, unless it knows, and what the leaves are, unless some rank
         has told it the same. Before the vote: whoever dies in between fails the save of all."""
-        if self._client is None or self.is_first:
+        if self._client is None or self.is_first or not ballot.layout:
             return
         if ballot.tree != self._tree_said:
             key = f"{self._run}/tree/{ballot.tree}"
@@ -376,17 +420,17 @@ class Ranks:
                 raise self._silence_of(silent)
             if not deadline.pause():
                 missing = self._not_voted(save, others)
-                raise RankError(f"{_named(missing)} did not vote within {self._timeout_s:g} s")
+                raise RankError(f"{self.called(*missing)} did not vote within {self._timeout_s:g} s")
         if client.has(f"{key}/failed"):
             ballot = Ballot.from_bytes(client.get(f"{key}/failed"))
-            raise RankError(f"rank {ballot.rank}: {ballot.error}")
+            raise RankError(f"{self.called(ballot.rank)}: {ballot.error}")
         ballots = [own]
         for rank, data in zip(others, client.get_all([self._slot(rank) for rank in others]), strict=True):
             number, _, said = data.partition(b" ")
             if int(number) != save:
-                raise RankError(f"rank {rank} went on to its next save before this one was decided")
+                raise RankError(f"{self.called(rank)} went on to its next save before this one was decided")
             ballots.append(Ballot.from_bytes(said))
-        _check_alike(ballots)
+        _check_alike(ballots, self.parts)
         return ballots
 
     def _slot(self, rank: int) -> str:
@@ -406,8 +450,8 @@ class Ranks:
         """Rank 0: what the leaves of each rank are, and where its items lie, by rank; its own are handed in.
         Fetched only where they changed, and unpacked one by one: all of them would be gigabytes."""
         assert self._client is not None
-        own, *others = ballots
-        self._trees[own.tree] = tree
+        others = [ballot for ballot in ballots if ballot.rank != self.rank]
+        self._trees.update({ballot.tree: tree for ballot in ballots if ballot.rank == self.rank})
         for name in dict.fromkeys(ballot.tree for ballot in others):
             if name not in self._trees:
                 data = self._client.get_large(f"{self._run}/tree/{name}")
@@ -416,9 +460,13 @@ class Ranks:
         keys = [f"{self._run}/layout/{ballot.rank}/{ballot.layout}" for ballot in new]
         for ballot, data in zip(new, self._client.take_large(keys), strict=True):
             self._layouts[ballot.rank] = (ballot.layout, data)
-        yield tree, layout
-        for ballot in others:
-            yield self._trees[ballot.tree], zlib.decompress(self._layouts[ballot.rank][1])
+        for ballot in ballots:
+            own = ballot.rank == self.rank
+            yield self._trees[ballot.tree], layout if own else zlib.decompress(self._layouts[ballot.rank][1])
+
+    def tree_of(self, ballot: Ballot) -> bytes:
+        """Rank 0: what the leaves of a rank are, of which `layouts` has told before."""
+        return self._trees[ballot.tree]
 
     def claim(self, save: int) -> None:
         """Rank 0, right before the step becomes visible: from here on the others wait for the outcome.
@@ -429,7 +477,7 @@ class Ranks:
         if self._client is None:
             return
         if self._client.add(f"{self._run}/{save}/decided", _CLAIMED) != _CLAIMED:
-            raise RankError("another rank took rank 0 for dead and gave the save up")
+            raise RankError(f"another rank took {self._first} for dead and gave the save up")
 
     def announce(self, save: int, outcome: Outcome) -> None:
         """Rank 0: tell all how it ended."""
@@ -494,7 +542,7 @@ class Ranks:
             if watch.silent(list) is not None:
                 raise self._silence_of(0)
             if not deadline.pause():
-                raise RankError(f"rank 0 took longer than {self._timeout_s:g} s to begin to load")
+                raise RankError(f"{self._first} took longer than {self._timeout_s:g} s to begin to load")
         self._generation = int(self._client.get(key))
 
     def choose(self, choose: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -555,7 +603,7 @@ class Ranks:
         told: dict[str, Any] = json.loads(self._client.get_large(key))
         self._hear()
         if "error" in told:
-            raise RankError(f"rank 0: {told['error']}")
+            raise RankError(f"{self._first}: {told['error']}")
         return told
 
     # -- waiting
@@ -569,15 +617,20 @@ class Ranks:
         watched = _Watch(self, [rank for rank in ranks if rank != self.rank], self.world_size)
         while not self._client.has(*keys):
             silent = watched.silent(lambda late: self._lacking(keys, ranks, late))
+            odd = self._told_of_other_parts(ranks, enough=silent is not None)
+            if odd is not None:
+                raise RankError(odd)
             if silent is not None:
                 raise self._silence_of(silent)
             if not deadline.pause():
                 raise RankError(
-                    f"{_named(self._lacking(keys, ranks, ranks))} took longer than {timeout_s:g} s {to}"
+                    f"{self.called(*self._lacking(keys, ranks, ranks))} took longer than {timeout_s:g} s {to}"
                 )
 
     def _silence_of(self, rank: int) -> RankError:
-        return RankError(f"rank {rank} shows no sign of life since {self._silence_s:g} s: is it dead?")
+        return RankError(
+            f"{self.called(rank)} shows no sign of life since {self._silence_s:g} s: is it dead?"
+        )
 
     def _lacking(self, keys: Sequence[str], ranks: Collection[int], of: Collection[int]) -> list[int]:
         """Those of `of` whose key is not there."""
@@ -599,27 +652,59 @@ class Ranks:
         return [b"" if key in absent else next(beats) for key in keys]
 
 
-def ranks_of(
-    store: Any, rank: int | None, world_size: int | None, root: str, *, timeout_s: float, silence_s: float
-) -> Ranks:
-    """The ranks that a caller means: those it names, else those of torch.distributed, else itself alone.
+def member_of(
+    store: Any,
+    rank: int | None,
+    world_size: int | None,
+    part: str | None = None,
+    parts: Mapping[str, int] | None = None,
+) -> tuple[Member, Any]:
+    """Which participant a caller means to be, and the store they agree in: those it names, else those of
+    torch.distributed, else itself alone.
 
     Raises:
-        OptionError: half of them is said.
+        OptionError: half of it is said, or torch.distributed says something else.
     """
-    if world_size == 1:
-        return Ranks(None, 0, 1, "", timeout_s, silence_s)
+    if (part is None) != (parts is None):
+        raise OptionError("part and parts belong together")
     distributed = torch.distributed
-    if store is None and distributed.is_available() and distributed.is_initialized():
+    is_initialized = distributed.is_available() and distributed.is_initialized()
+    if parts is not None and part is not None:
+        declared = Parts(dict(parts))
+        expected = len(declared.places(part))
+        if is_initialized and rank is None:
+            rank = distributed.get_rank()
+            world_size = distributed.get_world_size() if world_size is None else world_size
+        if (world_size or expected) != expected:
+            raise OptionError(f"part {part!r} is declared with {expected} ranks, here are {world_size}")
+        if rank is None and expected > 1:
+            raise OptionError(
+                f"part {part!r} has {expected} ranks, and nothing says which this is: pass rank"
+            )
+        return Member(declared, part, rank or 0), store
+    if world_size == 1:
+        return Member(Parts.none(1), MAIN, 0), None
+    if store is None and is_initialized:
         world_size = distributed.get_world_size() if world_size is None else world_size
         rank = distributed.get_rank() if rank is None else rank
         store = distributed.distributed_c10d._get_default_store()  # noqa: SLF001 -- there is no public way to it
     elif store is None and rank is None and world_size is None:
-        return Ranks(None, 0, 1, "", timeout_s, silence_s)
+        return Member(Parts.none(1), MAIN, 0), None
     if rank is None or world_size is None:
         raise OptionError("store, rank and world_size belong together")
+    return Member(Parts.none(world_size), MAIN, rank), store
+
+
+def ranks_of(member: Member, store: Any, root: str, *, timeout_s: float, silence_s: float) -> Ranks:
+    """All participants, seen from one of them.
+
+    Raises:
+        OptionError: they have no store.
+    """
+    world_size = member.parts.world_size
+    shared = store if world_size > 1 else None
     name = digest(root.encode())
-    return Ranks(store if world_size > 1 else None, rank, world_size, name, timeout_s, silence_s)
+    return Ranks(shared, member.place, world_size, name, timeout_s, silence_s, member.parts)
 
 
 class _Deadline:
@@ -672,24 +757,21 @@ class _Watch:
         return next(iter(missing(late)), None) if late else None
 
 
-def _named(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
-
-
-def _check_alike(ballots: Sequence[Ballot]) -> None:
-    """Raise RankError unless all ranks save the same step of the same structure."""
+def _check_alike(ballots: Sequence[Ballot], parts: Parts) -> None:
+    """Raise RankError unless all ranks save the same step, and those of a part the same structure."""
     first = ballots[0]
-    known: dict[str, tuple[int, str]] = {}
     for ballot in ballots:
         if ballot.step != first.step:
-            raise RankError(
-                f"rank {ballot.rank} saves step {ballot.step} where rank {first.rank} saves step {first.step}"
-            )
-        for group, name in ballot.groups:
-            rank, expected = known.setdefault(group, (ballot.rank, name))
-            if name != expected:
-                raise RankError(
-                    f"the state of rank {ballot.rank} has another structure than that of rank {rank}: what "
-                    f"they hold both must have the same names, shapes and dtypes, in the same order"
-                )
+            here, there = parts.called(ballot.rank), parts.called(first.rank)
+            raise RankError(f"{here} saves step {ballot.step} where {there} saves step {first.step}")
+    for part in parts.world_sizes:
+        known: dict[str, tuple[int, str]] = {}
+        for ballot in (ballots[place] for place in parts.places(part)):
+            for group, name in ballot.groups:
+                rank, expected = known.setdefault(group, (ballot.rank, name))
+                if name != expected:
+                    raise RankError(
+                        f"the state of {parts.called(ballot.rank)} has another structure than that of "
+                        f"{parts.called(rank)}: what they hold both must have the same names, shapes and "
+                        f"dtypes, in the same order"
+                    )

@@ -30,9 +30,11 @@ from .formats import distcp, torch_zip
 from .formats.manifest import FileEntry, check_path
 from .formats.pickles import SparseRef, TensorRef, find_inert
 from .formats.refs import span_elements
-from .layouts.dcp import METADATA_PATH, own_path
 from .layouts.megatron import ModelRank
 from .layouts.megatron_tree import from_megatron
+from .layouts.place import Place
+from .layouts.rlinf import DATA_NAME
+from .layouts.rlinf_tree import from_rlinf
 from .shards import local_of
 from .shared import SHARED_BRANCH
 from .tree import Read, StoredPart, StoredTensor, UnparsedPart, rebuilt, unflatten
@@ -148,13 +150,13 @@ def _raise_if_ours(path: str, operation: str, number: int | None) -> None:
 
 def read_tree(
     files: StepFiles,
-    layout: str,
+    place: Place,
     *,
     trusted: bool = False,
     model_rank: ModelRank | None = None,
     shared: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The tree of a step, with a StoredTensor for every tensor.
+    """The tree of a part of a step, with a StoredTensor for every tensor.
 
     Args:
         model_rank: which part of a model this process has, where a tree has parts.
@@ -165,22 +167,31 @@ def read_tree(
         CorruptStepError: something cannot be parsed.
         LoadError: it holds what this version cannot load (sparse tensors, say).
     """
-    if layout == "megatron":
-        tree = _read_megatron(files, trusted, model_rank or ModelRank())
+    if place.format == "megatron":
+        tree = _read_megatron(files, place, trusted, model_rank or ModelRank())
         if shared:
-            tree[SHARED_BRANCH] = {path: _read_any(files, path, trusted) for path in shared}
+            tree[SHARED_BRANCH] = {path: _read_any(files, place.path(path), trusted) for path in shared}
         return tree
-    return _read_dcp(files, trusted)
+    if place.format == "driver":
+        return _read_driver(files, place, trusted)
+    if place.format == "rlinf-dcp":
+        return from_rlinf(_read_dcp(files, place.path(place.metadata), trusted))
+    return _read_dcp(files, place.path(place.metadata), trusted)
 
 
-def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
+def _read_dcp(files: StepFiles, described_in: str, trusted: bool) -> dict[str, Any]:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-    content = files.content(METADATA_PATH)
+    content = files.content(described_in)
     try:
         metadata = distcp.read_metadata(content, trusted=trusted)
     except ValueError as error:
-        raise CorruptStepError(files.path(METADATA_PATH), str(error)) from error
+        raise CorruptStepError(files.path(described_in), str(error)) from error
+    beside = described_in.rpartition("/")[0]
+
+    def file_of(info: Any) -> str:
+        return f"{beside}/{info.relative_path}" if beside else str(info.relative_path)
+
     places: dict[str, list[tuple[Any, Any]]] = {}
     for index, info in metadata.storage_data.items():
         places.setdefault(index.fqn, []).append((index, info))
@@ -188,13 +199,12 @@ def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
     parts: dict[tuple[str, int], TensorRef] = {}
 
     def item(info: Any) -> Any:
-        read = files.reader(info.relative_path)
+        name = file_of(info)
+        read = files.reader(name)
         try:
             return torch_zip.read_tree(read, info.offset, info.length, trusted=trusted)
         except ValueError as error:
-            raise CorruptStepError(
-                files.path(info.relative_path), f"item at {info.offset}: {error}"
-            ) from error
+            raise CorruptStepError(files.path(name), f"item at {info.offset}: {error}") from error
 
     def parsed(
         name: str, described: Any, info: Any, offsets: tuple[int, ...], sizes: tuple[int, ...] | None
@@ -203,23 +213,23 @@ def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
         if key not in parts:
             ref = item(info)
             if not isinstance(ref, TensorRef):
-                raise CorruptStepError(files.path(info.relative_path), f"{name}: no tensor at {info.offset}")
+                raise CorruptStepError(files.path(file_of(info)), f"{name}: no tensor at {info.offset}")
             parts[key] = ref
         ref = parts[key]
         if ref.dtype != described.properties.dtype:
-            raise CorruptStepError(files.path(METADATA_PATH), f"{name}: dtype differs from its items")
+            raise CorruptStepError(files.path(described_in), f"{name}: dtype differs from its items")
         if sizes is not None and ref.shape != sizes:
             raise CorruptStepError(
-                files.path(METADATA_PATH), f"{name}: shape differs from its item at {offsets}"
+                files.path(described_in), f"{name}: shape differs from its item at {offsets}"
             )
-        return _part(ref, info.relative_path, offsets)
+        return _part(ref, file_of(info), offsets)
 
     def leaf(name: str, described: Any) -> Any:
         if name not in places:
-            raise CorruptStepError(files.path(METADATA_PATH), f"{name} is described but stored nowhere")
+            raise CorruptStepError(files.path(described_in), f"{name} is described but stored nowhere")
         if isinstance(described, BytesStorageMetadata):
             _, info = places[name][0]
-            return _stored(item(info), info.relative_path)
+            return _stored(item(info), file_of(info))
         stored: list[StoredPart | UnparsedPart] = []
         sizes = _sizes_of(described) if len(places[name]) > 1 else {}
         for index, info in places[name]:
@@ -229,14 +239,14 @@ def _read_dcp(files: StepFiles, trusted: bool) -> dict[str, Any]:
                 return parsed(name, described, info, offsets, sizes.get(offsets))
 
             if offsets in sizes:
-                stored.append(UnparsedPart(info.relative_path, info.offset, offsets, sizes[offsets], part))
+                stored.append(UnparsedPart(file_of(info), info.offset, offsets, sizes[offsets], part))
             else:
                 stored.append(part())
             if not _inside(offsets, stored[-1].shape, described.size):
-                raise CorruptStepError(files.path(METADATA_PATH), f"{name}: a chunk lies outside of it")
+                raise CorruptStepError(files.path(described_in), f"{name}: a chunk lies outside of it")
         tensor = StoredTensor(described.properties.dtype, tuple(described.size), tuple(stored))
         if not distcp.tile(tensor.shape, [(part.offsets, part.shape) for part in tensor.parts]):
-            raise CorruptStepError(files.path(METADATA_PATH), f"{name}: its chunks do not tile it")
+            raise CorruptStepError(files.path(described_in), f"{name}: its chunks do not tile it")
         return tensor
 
     named = {name: leaf(name, described) for name, described in metadata.state_dict_metadata.items()}
@@ -262,19 +272,20 @@ def _as_path(path: Any, name: str) -> tuple[str | int, ...]:
     return (head, rest) if rest else (head,)
 
 
-def _read_megatron(files: StepFiles, trusted: bool, model_rank: ModelRank) -> dict[str, Any]:
-    found = {path.name for path in files.directory.glob("mp_rank_*")}
+def _read_megatron(files: StepFiles, place: Place, trusted: bool, model_rank: ModelRank) -> dict[str, Any]:
+    directory = files.directory / place.base
+    found = {path.name for path in directory.glob("mp_rank_*")}
     expected = model_rank.directories()
     if found > expected or (found and not found & expected):
         raise LoadError(
-            f"{files.directory} has the parts of {len(found)} model-parallel ranks ({_some(found)}), here "
+            f"{directory} has the parts of {len(found)} model-parallel ranks ({_some(found)}), here "
             f"are {len(expected)} ({_some(expected)}): it can only be loaded by as many, in the same roles. "
             f"A checkpoint in the dcp layout can be resharded"
         )
     if expected - found:
         missing = _some(expected - found)
-        raise CorruptStepError(str(files.directory), f"parts of the model are missing: {missing}")
-    return from_megatron(_read_zip(files, model_rank.model_path, trusted))
+        raise CorruptStepError(str(directory), f"parts of the model are missing: {missing}")
+    return from_megatron(read_zip(files, place.path(model_rank.model_path), trusted=trusted))
 
 
 def _some(names: set[str]) -> str:
@@ -282,12 +293,15 @@ def _some(names: set[str]) -> str:
     return ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
 
 
-def read_own(files: StepFiles, rank: int, *, trusted: bool = False) -> dict[str, Any]:
-    """What is a rank's own in a step of several ranks, as branches of the tree."""
-    return _read_zip(files, own_path(rank), trusted)
+def _read_driver(files: StepFiles, place: Place, trusted: bool) -> dict[str, Any]:
+    name = place.path(DATA_NAME)
+    if not (files.directory / name).exists() and name not in (files.entries or ()):
+        return {}  # a driver without a dataloader
+    return {"dataloader": read_zip(files, name, trusted=trusted)}
 
 
-def _read_zip(files: StepFiles, name: str, trusted: bool) -> dict[str, Any]:
+def read_zip(files: StepFiles, name: str, *, trusted: bool = False) -> dict[str, Any]:
+    """The dict in a file of torch.save, with a StoredTensor for every tensor."""
     tree = _read_any(files, name, trusted)
     if not isinstance(tree, Mapping):
         raise CorruptStepError(files.path(name), f"holds a {type(tree).__name__}, not a state dict")

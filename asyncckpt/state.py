@@ -168,7 +168,8 @@ class TrainingState:
                 section.match(name, tree[name], matching)
             else:
                 matching.missing_sections.append(name)
-        known = {*self.sections, "step", "rng"}  # generators may be left alone: save_rng=False
+        # Generators may be left alone: save_rng=False.
+        known = {*self.sections, "step", "rng"}
         matching.unexpected_sections += [name for name in tree if name not in known]
         return matching
 

@@ -19,6 +19,7 @@ from .errors import CorruptStepError, LoadError, OptionError, RootError, StepNot
 from .filesystem import Filesystem
 from .formats.manifest import FRAGMENT_PREFIX, MANIFEST_NAME, Fragment, Manifest
 from .layouts import LAYOUTS, Layout
+from .parts import Parts
 
 ABANDONED_PREFIX = ".abandoned-"
 
@@ -59,9 +60,12 @@ class StepEntry:
 class RootView:
     """The steps under one root, for those who only read. Thread-safe: it keeps nothing."""
 
-    def __init__(self, path: Path, layout: Layout, fs: Filesystem | None = None) -> None:
-        """An absent root is an empty one."""
+    def __init__(
+        self, path: Path, layout: Layout, fs: Filesystem | None = None, parts: Parts | None = None
+    ) -> None:
+        """An absent root is an empty one. `parts`: those that a step of another tool must have."""
         self.path = path
+        self._parts = tuple(parts.world_sizes) if parts is not None and parts.declared else ()
         self.layout = layout
         self.fs = fs if fs is not None else Filesystem()
         self._tracker = None if layout.tracker_name is None else path / layout.tracker_name
@@ -238,7 +242,16 @@ class RootView:
             return StepEntry(step, path, None, True, f"{path} cannot be listed: {problem}")
         if any(name == MANIFEST_NAME or name.startswith(FRAGMENT_PREFIX) for name in names):
             return StepEntry(step, path, None, False, f"{path / MANIFEST_NAME} is missing")
-        return StepEntry(step, path, None, True, self.layout.foreign_problem(step, names, tracked))
+        wrong = self.layout.foreign_problem(
+            step, names, tracked, lambda name: self._nbytes(path / name), self._parts
+        )
+        return StepEntry(step, path, None, True, wrong)
+
+    def _nbytes(self, path: Path) -> int | None:
+        try:
+            return self.fs.stat(path).st_size
+        except OSError:
+            return None
 
     def _abandoned(self) -> list[StepEntry]:
         found = []

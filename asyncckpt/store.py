@@ -36,13 +36,15 @@ class StoreClient:
         store: any torch.distributed store. A client of our own is made of it where it can be: a blocking call
             of somebody else's holds a shared one for seconds.
         prefix: of all keys.
+        host: whose process hosts the store, as far as one can guess.
 
     Thread-safe. A call that its deadline overtook is left behind with its thread and its connection; the next
     one gets new ones.
     """
 
-    def __init__(self, store: Any, prefix: str) -> None:
+    def __init__(self, store: Any, prefix: str, host: str = "the process that hosts it") -> None:
         self._prefix = prefix
+        self._host = host
         self._shared: Any = store
         self._worker: _Worker | None = None
         self._lock = threading.Lock()
@@ -130,10 +132,10 @@ class StoreClient:
             with self._lock:
                 if self._worker is worker:
                     self._worker = None
-            raise RankError(f"the store has not answered for {CALL_TIMEOUT_S:g} s: is its host stopped?")
+            raise RankError(f"the store has not answered for {CALL_TIMEOUT_S:g} s: is {self._host} stopped?")
         if answer.error is not None:
             raise RankError(
-                f"the store cannot be reached: is the process that hosts it dead? ({answer.error})"
+                f"the store cannot be reached: is {self._host} dead? ({answer.error})"
             ) from answer.error
         result: _Result = answer.result
         return result

@@ -12,7 +12,7 @@ import pickle
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -66,10 +66,15 @@ class Rank:
 
 
 class Talk:
-    """A child's way to talk with the test."""
+    """A child's way to talk with the test.
 
-    def __init__(self, pipe: Connection) -> None:
+    Attributes:
+        store: what all ranks of one start share, whatever process group they are in.
+    """
+
+    def __init__(self, pipe: Connection, store: Any = None) -> None:
         self._pipe = pipe
+        self.store = store
 
     def say(self, value: Any) -> None:
         _send(self._pipe, "said", value)
@@ -87,12 +92,16 @@ def _send(pipe: Connection, kind: str, value: Any) -> None:
 Body = Callable[..., Any]
 
 
-def _child(body: Body, rank: int, world_size: int, port: int, tag: str, pipe: Connection, args: Any) -> None:
+def _child(
+    body: Body, part: str, rank: int, world_size: int, port: int, tag: str, pipe: Connection, args: Any
+) -> None:
     torch.set_num_threads(1)
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-        dist.init_process_group("gloo", store=dist.PrefixStore(tag, store), rank=rank, world_size=world_size)
-        result = body(Talk(pipe), rank, *pickle.loads(args))
+        group = dist.PrefixStore(f"{tag}/{part}", store)
+        dist.init_process_group("gloo", store=group, rank=rank, world_size=world_size)
+        of_part = (part,) if part else ()
+        result = body(Talk(pipe, dist.PrefixStore(tag, store)), *of_part, rank, *pickle.loads(args))
         _send(pipe, "said", result)
     except BaseException:  # noqa: BLE001 -- the test is told, whatever it is
         _send(pipe, "raised", traceback.format_exc())
@@ -112,14 +121,18 @@ class World:
 
     def start(self, world_size: int, body: Body, *args: Any) -> list[Rank]:
         """Start ranks that run `body(talk, rank, *args)`; what it returns, they say last."""
+        return self.start_parts({"": world_size}, body, *args)
+
+    def start_parts(self, parts: Mapping[str, int], body: Body, *args: Any) -> list[Rank]:
+        """Start a process group for each part, whose ranks run `body(talk, part, rank, *args)`."""
         self._started += 1
         ranks = []
-        for rank in range(world_size):
+        plain = pickle.dumps(args)
+        for part, rank in ((part, rank) for part, size in parts.items() for rank in range(size)):
             ours, theirs = _context.Pipe()
-            plain = pickle.dumps(args)
             process = _context.Process(
                 target=_child,
-                args=(body, rank, world_size, self.store.port, str(self._started), theirs, plain),
+                args=(body, part, rank, parts[part], self.store.port, str(self._started), theirs, plain),
             )
             process.start()
             theirs.close()
@@ -129,7 +142,11 @@ class World:
 
     def run(self, world_size: int, body: Body, *args: Any) -> list[Any]:
         """What `body` returned on each rank."""
-        ranks = self.start(world_size, body, *args)
+        return self.run_parts({"": world_size}, body, *args)
+
+    def run_parts(self, parts: Mapping[str, int], body: Body, *args: Any) -> list[Any]:
+        """What `body` returned on each rank of each part, in their order."""
+        ranks = self.start_parts(parts, body, *args)
         pending = {rank.pipe: index for index, rank in enumerate(ranks)}
         results: dict[int, Any] = {}
         while pending:
@@ -141,7 +158,7 @@ class World:
         for rank in ranks:
             rank.process.join(PATIENCE_S)
             assert rank.process.exitcode == 0
-        return [results[index] for index in range(world_size)]
+        return [results[index] for index in range(len(ranks))]
 
     def close(self) -> None:
         """End whoever is left."""

@@ -4,14 +4,13 @@
 //
 //     begun <tab> ended <tab> operation <tab> path <tab> path renamed to, or nothing
 //
-// `begun` and `ended` come from one counter, so "a ended before b began" can be told from "a and b
-// overlapped", on whatever threads they ran. The path of a descriptor is the one it has at that moment.
+// `begun` and `ended` are nanoseconds of the clock that all processes share, so "a ended before b began"
+// can be told from "a and b overlapped", on whatever threads, of whatever processes, they ran. The path of a descriptor is the one it has at that moment.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -19,11 +18,11 @@
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PATH_NBYTES 4096
 
-static atomic_long ticks;
 static int log_fd = -1;
 static const char* root = "";
 
@@ -41,6 +40,12 @@ struct call {
   char path[PATH_NBYTES];
 };
 
+static long now_ns(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return now.tv_sec * 1000000000L + now.tv_nsec;
+}
+
 static void path_of(int fd, char* path) {
   char link[64];
   snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
@@ -51,7 +56,7 @@ static void path_of(int fd, char* path) {
 static struct call on_path(const char* path) {
   struct call call;
   snprintf(call.path, sizeof call.path, "%s", path);
-  call.begun = atomic_fetch_add(&ticks, 1);
+  call.begun = now_ns();
   return call;
 }
 
@@ -67,7 +72,7 @@ static long ended(const struct call* call, long result, const char* operation, c
   if (result >= 0 && log_fd >= 0 && strncmp(call->path, root, strlen(root)) == 0) {
     char line[2 * PATH_NBYTES + 64];
     const int nbytes = snprintf(line, sizeof line, "%ld\t%ld\t%s\t%s\t%s\n", call->begun,
-                                atomic_fetch_add(&ticks, 1), operation, call->path, other);
+                                now_ns(), operation, call->path, other);
     if (syscall(SYS_write, log_fd, line, nbytes) != nbytes) abort();  // one write: lines do not mix
   }
   errno = error_number;

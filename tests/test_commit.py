@@ -31,7 +31,12 @@ from asyncckpt.formats.manifest import MANIFEST_NAME, FileEntry, FragmentRef, Ma
 from asyncckpt.layouts import LAYOUTS, Layout
 from asyncckpt.steps import RootView, StepEntry
 
-FILES = {"dcp": (".metadata", "__0_0.distcp"), "megatron": ("mp_rank_00/model_optim_rng.pt",)}
+FILES = {
+    "dcp": (".metadata", "__0_0.distcp"),
+    "megatron": ("mp_rank_00/model_optim_rng.pt",),
+    "rlinf-fsdp": ("data/data.pt", "actor/dcp_checkpoint/.metadata", "actor/dcp_checkpoint/__0_0.distcp"),
+    "rlinf-megatron": ("data/data.pt", "actor/iter_0000050/mp_rank_00/model_optim_rng.pt"),
+}
 BLOCK_NBYTES = 16
 OLD_RUN, NEW_RUN = "0" * 16, "1" * 16
 

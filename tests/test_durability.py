@@ -53,11 +53,57 @@ def run(layout):
 torch.set_num_threads(1)
 print(json.dumps({layout: run(layout) for layout in ("dcp", "megatron")}))
 """
+# A driver (this process) and an actor of two ranks, which save one step together.
+RUN_PARTS = """
+import json, subprocess, sys
+from pathlib import Path
+import torch
+from torch.distributed import TCPStore
+from asyncckpt import AsyncCheckpointer
+from asyncckpt.layouts import layout_named
+from asyncckpt.steps import RootView
+
+class Loader:
+    def state_dict(self):
+        return {"drawn": 5}
+    def load_state_dict(self, state):
+        pass
+
+code, layout, part, rank, port = sys.argv[2], "rlinf-fsdp", *sys.argv[3:6]
+root = Path(sys.argv[1]) / layout / "checkpoints"
+torch.set_num_threads(1)
+store = TCPStore("127.0.0.1", int(port), is_master=part == "data", wait_for_workers=False)
+actors = [
+    subprocess.Popen([sys.executable, "-c", code, sys.argv[1], code, "actor", str(rank), str(store.port)])
+    for rank in range(2 if part == "data" else 0)
+]
+state = {"dataloader": Loader()} if part == "data" else {"model": torch.nn.Linear(128, 100)}
+saved = []
+with AsyncCheckpointer(
+    root, **state, layout=layout, host_memory=1 << 16, keep_last=1, fence_timeout_s=60, rank_timeout_s=60,
+    store=store, rank=int(rank), part=part, parts={"data": 1, "actor": 2},
+) as saver:
+    for step in (1, 2):
+        saver.save(step).wait()
+        if part == "data":
+            view = RootView(root, layout_named(layout))
+            entry = view.find(step)
+            fragments = view.read_fragments(entry)
+            saved.append({
+                "target": str(entry.path),
+                "files": [file.path for fragment in fragments for file in fragment.files],
+                "fragments": [ref.path for ref in entry.manifest.fragments],
+                "found": [str(path.relative_to(entry.path)) for path in entry.path.rglob("*")],
+            })
+if part == "data":
+    print(json.dumps({layout: saved}))
+sys.exit(max((actor.wait() for actor in actors), default=0))
+"""
 
 
 @dataclass(frozen=True)
 class Call:
-    """A system call that succeeded; `begun` and `ended` are ticks of one counter."""
+    """A system call that succeeded; `begun` and `ended` are nanoseconds of one clock."""
 
     begun: int
     ended: int
@@ -81,7 +127,7 @@ class Recording:
         return [c for c in self.calls if c.operation == "rename" and c.renamed_to == str(target)]
 
     def synced_between(self, path: str | Path, after: int, before: int) -> bool:
-        """Whether a sync of `path` began after one tick and had ended before the other."""
+        """Whether a sync of `path` began after one moment and had ended before the other."""
         return any(after < call.begun and call.ended < before for call in self.of("sync", path))
 
     def commit(self, save: int) -> tuple[Path, Call]:
@@ -110,18 +156,17 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recording]
         "RECORDER_LOG": str(log),
         "RECORDER_ROOT": str(root),
     }
-    process = subprocess.run(
-        [sys.executable, "-c", RUN, str(root)], env=environment, stdout=subprocess.PIPE, check=True
-    )
+    saved: dict[str, Any] = {}
+    for code, *arguments in ((RUN,), (RUN_PARTS, RUN_PARTS, "data", "0", "0")):
+        command = [sys.executable, "-c", code, str(root), *arguments]
+        process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+        saved |= json.loads(process.stdout)
     rows = [line.split("\t") for line in log.read_text().splitlines()]
     calls = sorted((Call(int(a), int(b), *rest) for a, b, *rest in rows), key=lambda call: call.begun)
-    return {
-        layout: Recording(root / layout / "checkpoints", calls, saved)
-        for layout, saved in json.loads(process.stdout).items()
-    }
+    return {layout: Recording(root / layout / "checkpoints", calls, steps) for layout, steps in saved.items()}
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture(params=[*LAYOUTS, "rlinf-fsdp"])
 def recording(request: pytest.FixtureRequest, recordings: dict[str, Recording]) -> Recording:
     return recordings[request.param]
 
@@ -160,9 +205,10 @@ def test_the_manifest_comes_after_all_that_it_vouches_for(recording: Recording, 
     def begun(name: str) -> int:
         return min(call.begun for call in recording.of("create", attempt / name))
 
-    for fragment in said["fragments"]:
-        assert all(synced(name) < begun(fragment) for name in said["files"])
-        assert synced(fragment) < begun(MANIFEST_NAME)
+    *others, last = sorted(said["fragments"], reverse=True)
+    assert all(synced(name) < begun(last) for name in said["files"])  # the first rank's, which comes last
+    assert all(synced(fragment) < begun(last) for fragment in others)
+    assert synced(last) < begun(MANIFEST_NAME)
 
 
 @saves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def imports_of(path: Path) -> Iterator[str]:
 
 GRAPH = {name_of(path): set(imports_of(path)) for path in MODULES}
 
-PURE = {"asyncckpt.plan", "asyncckpt.packing", "asyncckpt.shards", "asyncckpt.trial"} | {
-    name for name in GRAPH if name.startswith("asyncckpt.planners")
+PURE = {"asyncckpt.plan", "asyncckpt.packing", "asyncckpt.parts", "asyncckpt.shards", "asyncckpt.trial"} | {
+    name for name in GRAPH if name.startswith(("asyncckpt.planners", "asyncckpt.layouts"))
 }
 
 
@@ -56,7 +57,14 @@ def test_only_snapshot_and_restore_open_the_engine() -> None:
 
 
 def test_only_the_front_door_sees_the_checkpointer() -> None:
-    assert users_of("asyncckpt.checkpointer") == {"asyncckpt"}
+    users = users_of("asyncckpt.checkpointer")
+    assert {name for name in users if not name.startswith("asyncckpt.integrations")} == {"asyncckpt"}
+
+
+def test_only_an_integration_knows_a_framework() -> None:
+    for framework in ("megatron", "rlinf", "ray", "lightning", "transformers"):
+        users = {name for name, found in GRAPH.items() if any(i.split(".")[0] == framework for i in found)}
+        assert {name for name in users if not name.startswith("asyncckpt.integrations")} == set()
 
 
 @pytest.mark.parametrize("room", [name for name in GRAPH if ".formats" in name or name in PURE])
@@ -98,8 +106,45 @@ def test_only_those_who_agree_know_the_other_ranks() -> None:
 
 
 def test_commit_and_lease_know_nothing_of_torch() -> None:
-    for room in ("commit", "steps", "lease", "filesystem", "formats.manifest"):
+    for room in ("commit", "steps", "lease", "filesystem", "formats.manifest", "parts"):
         assert not {i for i in GRAPH[f"asyncckpt.{room}"] if i.split(".")[0] in ("torch", "numpy")}
+
+
+INTEGRATIONS = [name for name in GRAPH if name.startswith("asyncckpt.integrations.")]
+
+
+def test_nobody_needs_an_integration() -> None:
+    inside = {"asyncckpt.integrations", *INTEGRATIONS}
+    assert INTEGRATIONS
+    assert users_of("asyncckpt.integrations") <= inside
+
+
+@pytest.mark.parametrize("room", INTEGRATIONS)
+def test_an_integration_comes_in_by_the_doors_for_it_and_imports_a_framework_when_used(room: str) -> None:
+    ours = {found for found in GRAPH[room] if found.startswith("asyncckpt")}
+    doors = (
+        "checkpointer",
+        "errors",
+        "formats",
+        "integrations",
+        "layouts",
+        "sections",
+        "shared",
+        "steps",
+        "tree",
+    )
+    assert all(found.count(".") == 1 or found.split(".")[1] in doors for found in ours)
+    tree = ast.parse((PACKAGE.parent / (room.replace(".", "/") + ".py")).read_text())
+    tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    at_once = {
+        alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+    }
+    at_once |= {
+        (node.module or "").split(".")[0]
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and not node.level
+    }
+    assert at_once <= {"__future__", "torch", "numpy", *sys.stdlib_module_names}
 
 
 def test_the_stub_names_what_the_engine_has() -> None:

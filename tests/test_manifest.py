@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,11 @@ def file_entries(draw: st.DrawFn, path: str) -> FileEntry:
 def fragments(draw: st.DrawFn) -> Fragment:
     files = [draw(file_entries(path)) for path in draw(st.lists(paths, unique=True, max_size=4))]
     return Fragment(draw(texts), draw(counts), tuple(files))
+
+
+@st.composite
+def part_sizes(draw: st.DrawFn) -> dict[str, int]:
+    return draw(st.dictionaries(texts, st.integers(1, 2**20), min_size=1, max_size=4))
 
 
 @st.composite
@@ -267,3 +273,30 @@ def test_a_terabyte_stays_small() -> None:
     data = fragment.to_bytes()
     assert len(data) < 6 * blocks
     assert Fragment.from_bytes(data) == fragment
+
+
+@given(manifests(), part_sizes())
+def test_parts_say_how_many_ranks_each_had(manifest: Manifest, sizes: dict[str, int]) -> None:
+    declared = replace(
+        manifest,
+        world_size=sum(sizes.values()),
+        parts=tuple(sizes),
+        part_world_sizes=tuple(sizes.values()),
+    )
+    found = Manifest.from_bytes(declared.to_bytes())
+    assert found == declared
+    assert found.world_sizes == sizes
+
+
+def test_a_manifest_without_parts_is_what_it_was_before_there_were_any() -> None:
+    assert b"part_world_sizes" not in MANIFEST.to_bytes()
+    assert Manifest.from_bytes(MANIFEST.to_bytes()).world_sizes == {"main": MANIFEST.world_size}
+
+
+@pytest.mark.parametrize(
+    ("parts", "sizes"),
+    [(("a", "b"), (1,)), (("a", "b"), (1, 5)), (("a", "a"), (1, 3)), (("a", "b"), (4, 0)), (("a",), (True,))],
+)
+def test_parts_that_do_not_add_up(parts: tuple[str, ...], sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="part"):
+        replace(MANIFEST, world_size=4, parts=parts, part_world_sizes=sizes)

@@ -50,7 +50,7 @@ def save_on_own_disk(talk: Talk, rank: int, base: Path) -> str:
     named = checkpointer.ranks_of
     checkpointer.ranks_of = (
         lambda *args, **options: named(  # type: ignore[assignment]
-            *args[:3], "one name", **options
+            *args[:2], "one name", **options
         )
     )
     root = base / str(rank)

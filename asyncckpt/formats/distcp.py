@@ -342,6 +342,11 @@ def pack_tree(paths: Mapping[str, tuple[PathStep, ...]], forms: Mapping[str, Ten
     return json.dumps(rows, separators=(",", ":")).encode()
 
 
+def pickled_names(tree: bytes) -> list[str]:
+    """The byte items of a packed tree, in its order."""
+    return [fqn for fqn, _, form in json.loads(tree) if form is None]
+
+
 def pack_layout(file: str, entries: Iterable[Entry], paths: Mapping[str, tuple[PathStep, ...]]) -> bytes:
     """Where the items of one rank lie, all in one file; leaves go by their place in `pack_tree`."""
     place = {fqn: index for index, fqn in enumerate(paths)}

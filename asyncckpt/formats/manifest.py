@@ -178,10 +178,12 @@ class Manifest:
         step: the step number.
         layout: name of the directory layout.
         world_size: number of ranks that took part.
-        parts: names of the groups of processes that took part.
+        parts: names of the groups of processes that took part; ("main",) where none were declared.
         metadata: the user's own; anything JSON.
         fragments: one per rank.
         format_version: of the manifest itself.
+        part_world_sizes: of each part, in their order; empty where none were declared. Ranks are numbered
+            over all parts in this order, and so are fragments.
     """
 
     attempt: str
@@ -193,6 +195,7 @@ class Manifest:
     fragments: tuple[FragmentRef, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+    part_world_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_text("attempt", self.attempt)
@@ -202,9 +205,22 @@ class Manifest:
         _check_int("world_size", self.world_size, 1)
         for part in self.parts:
             _check_text("part", part)
+        for size in self.part_world_sizes:
+            _check_int("part_world_sizes", size, 1)
+        if self.part_world_sizes and (
+            sum(self.part_world_sizes) != self.world_size
+            or len(self.part_world_sizes) != len(self.parts)
+            or len(set(self.parts)) != len(self.parts)
+        ):
+            raise ValueError(f"parts {self.parts} of {self.part_world_sizes} ranks are not {self.world_size}")
         if not self.fragments:
             raise ValueError("a manifest needs at least one fragment")
         _check_unique(ref.path for ref in self.fragments)
+
+    @property
+    def world_sizes(self) -> dict[str, int]:
+        """Ranks of each part."""
+        return dict(zip(self.parts, self.part_world_sizes or (self.world_size,), strict=False))
 
     def to_bytes(self) -> bytes:
         """The manifest's file.
@@ -223,6 +239,7 @@ class Manifest:
                 "layout": self.layout,
                 "world_size": self.world_size,
                 "parts": list(self.parts),
+                **({"part_world_sizes": list(self.part_world_sizes)} if self.part_world_sizes else {}),
                 "metadata": metadata,
                 "fragments": fragments,
             }
@@ -248,6 +265,7 @@ class Manifest:
                 metadata=body.take("metadata", dict),
                 fragments=tuple(_fragment_ref(_Record(raw, where)) for raw in body.take("fragments", list)),
                 format_version=body.take("format_version", int),
+                part_world_sizes=tuple(body.take("part_world_sizes", list, [])),
             )
         )
         return manifest
@@ -314,10 +332,10 @@ class _Record:
         self.fields = fields
         self.where = where
 
-    def take(self, name: str, kind: type) -> Any:
+    def take(self, name: str, kind: type, absent: Any = None) -> Any:
         if not isinstance(self.fields, dict):
             raise ValueError(f"an object expected, got {type(self.fields).__name__}")
-        value = self.fields.get(name)
+        value = self.fields.get(name, absent)
         if type(value) is not kind:  # exactly: a bool is no int here
             raise ValueError(f"{name} must be {kind.__name__}, got {type(value).__name__}")
         return value

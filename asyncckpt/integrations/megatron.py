@@ -45,6 +45,7 @@ def checkpointer(
     optimizer: Any = None,
     opt_param_scheduler: Any = None,
     args: Any = None,
+    also: Mapping[str, Callable[[], Any]] | None = None,
     **options: Any,
 ) -> AsyncCheckpointer:
     """An AsyncCheckpointer over Megatron's own tree. Collective: every rank calls it.
@@ -54,23 +55,34 @@ def checkpointer(
         model: the list of chunks that Megatron's get_model returns, or one of them.
         optimizer: of get_megatron_optimizer; with Adam, distributed or not, chained or not.
         opt_param_scheduler: OptimizerParamScheduler.
-        args: Megatron-LM's arguments, kept in the file for its own load.
+        args: Megatron-LM's arguments, kept in the model's file for its own load.
+        also: further keys of that file, and what gives their values at a save; only Megatron-LM reads them.
         options: of AsyncCheckpointer.
 
     Raises:
         OptionError: an optimizer that nobody here knows; it is named.
     """
+    state = state_of(model, optimizer, opt_param_scheduler, args, also)
+    return AsyncCheckpointer(root, layout="megatron", **state, **options)
+
+
+def state_of(
+    model: Any,
+    optimizer: Any = None,
+    opt_param_scheduler: Any = None,
+    args: Any = None,
+    also: Mapping[str, Callable[[], Any]] | None = None,
+) -> dict[str, Any]:
+    """What an AsyncCheckpointer is to be given for Megatron's objects; see `checkpointer` for these."""
     chunks = list(model) if isinstance(model, list | tuple) else [model]
     place = model_rank()
     inner = [_innermost(chunk) for chunk in chunks]
-    return AsyncCheckpointer(
-        root,
-        model=inner if len(inner) > 1 else inner[0],
-        optimizer=MegatronState(chunks, optimizer, opt_param_scheduler, args, place),
-        layout="megatron",
-        model_rank=place,
-        **options,
-    )
+    for_megatron = ({} if args is None else {"args": lambda: args}) | dict(also or {})
+    return {
+        "model": inner if len(inner) > 1 else inner[0],
+        "optimizer": MegatronState(chunks, optimizer, opt_param_scheduler, place, for_megatron),
+        "model_rank": place,
+    }
 
 
 def model_rank() -> ModelRank:
@@ -115,7 +127,12 @@ class MegatronState:
     """
 
     def __init__(
-        self, chunks: Sequence[Any], optimizer: Any, scheduler: Any, args: Any, place: ModelRank
+        self,
+        chunks: Sequence[Any],
+        optimizer: Any,
+        scheduler: Any,
+        place: ModelRank,
+        for_megatron: Mapping[str, Callable[[], Any]],
     ) -> None:
         self._sections: dict[str, Section] = {}
         self._optimizers: list[Any] = []
@@ -132,8 +149,7 @@ class MegatronState:
         self._sections["rng"] = _Generators()
         if scheduler is not None:
             self._sections["lr_scheduler"] = _Scheduler(scheduler)
-        if args is not None:
-            self._sections["args"] = _Arguments(args)
+        self._sections.update({name: _ForMegatron(value) for name, value in for_megatron.items()})
 
     def sections(self) -> Mapping[str, Section]:
         return self._sections
@@ -580,16 +596,16 @@ class _Scheduler:
         matching.afterwards.append(_told(name, apply))
 
 
-class _Arguments:
-    """Megatron-LM's arguments: kept for its own load, which compares them; nothing of ours reads them."""
+class _ForMegatron:
+    """What is in the file for Megatron-LM's own load; nothing of ours reads it."""
 
     write_only = True
 
-    def __init__(self, args: Any) -> None:
-        self._args = args
+    def __init__(self, value: Callable[[], Any]) -> None:
+        self._value = value
 
     def capture(self) -> Any:
-        return self._args
+        return self._value()
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
-        """Nothing: whoever trains has arguments of its own."""
+        """Nothing: whoever trains has values of its own."""

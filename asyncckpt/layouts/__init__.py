@@ -6,14 +6,16 @@ by `formats`. Layouts are pure: they turn numbers into names and judge listings 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from ..errors import OptionError
 from .dcp import DcpLayout
 from .megatron import MegatronLayout
+from .place import NOTHING_THERE, Place, SizeOf
+from .rlinf import RlinfFsdpLayout, RlinfMegatronLayout
 
-__all__ = ["LAYOUTS", "DcpLayout", "Layout", "MegatronLayout", "layout_named"]
+__all__ = ["LAYOUTS", "DcpLayout", "Layout", "MegatronLayout", "Place", "layout_named"]
 
 
 class Layout(Protocol):
@@ -44,14 +46,31 @@ class Layout(Protocol):
             LoadError: it names something that is not a training step.
         """
 
-    def foreign_problem(self, step: int, names: Collection[str], tracked: int | None) -> str | None:
+    def place(self, step: int, part: str) -> Place:
+        """Where a part's files of `step` lie. Raises OptionError if the layout has no such part."""
+
+    def added_files(self, step: int, part: str) -> Mapping[str, bytes]:
+        """Small files that the tools of a part expect besides its plan: paths in the step's directory."""
+
+    def foreign_problem(
+        self,
+        step: int,
+        names: Collection[str],
+        tracked: int | None,
+        size_of: SizeOf = NOTHING_THERE,
+        parts: Collection[str] = (),
+    ) -> str | None:
         """Why a step without our manifest must not be trusted, or None if its own tool would load it.
 
-        `names` are the entries of its directory, `tracked` is what the tracker names.
+        `names` are the entries of its directory, `tracked` is what the tracker names, `size_of` tells the
+        bytes of a file in it, `parts` are those declared.
         """
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (DcpLayout(), MegatronLayout())}
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (DcpLayout(), MegatronLayout(), RlinfFsdpLayout(), RlinfMegatronLayout())
+}
 
 
 def layout_named(name: str) -> Layout:

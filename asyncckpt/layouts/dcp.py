@@ -6,10 +6,11 @@ The highest number that holds `.metadata` wins: torchtitan, components/checkpoin
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..errors import OptionError, StepError
+from .place import NOTHING_THERE, Place, SizeOf, directory_of
 
 METADATA_PATH = ".metadata"
 
@@ -49,7 +50,24 @@ class DcpLayout:
     def parse_tracker(self, data: bytes) -> int:
         raise OptionError(f"layout {self.name} has no tracker")
 
-    def foreign_problem(self, step: int, names: Collection[str], tracked: int | None) -> str | None:
-        if METADATA_PATH in names:
+    def place(self, step: int, part: str) -> Place:
+        directory = directory_of(part)
+        return Place(directory, directory, "dcp", METADATA_PATH)
+
+    def added_files(self, step: int, part: str) -> Mapping[str, bytes]:
+        return {}
+
+    def foreign_problem(
+        self,
+        step: int,
+        names: Collection[str],
+        tracked: int | None,
+        size_of: SizeOf = NOTHING_THERE,
+        parts: Collection[str] = (),
+    ) -> str | None:
+        for path in (f"{part}/{METADATA_PATH}" for part in parts):
+            if not size_of(path):
+                return f"no {path}: its writer never finished it"
+        if parts or METADATA_PATH in names:
             return None
         return f"no {METADATA_PATH}: its writer never finished it"

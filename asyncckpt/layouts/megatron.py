@@ -8,10 +8,11 @@ of its making is whole (megatron/training/checkpointing.py, read_metadata and sa
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import CorruptStepError, LoadError, StepError
+from .place import NOTHING_THERE, Place, SizeOf, directory_of
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
@@ -64,6 +65,10 @@ class ModelRank:
         }
 
 
+# The first rank of a model, whichever way it is spread; which, a directory does not say.
+_FIRSTS = tuple(ModelRank(pipeline_size=p, expert_size=e) for p in (1, 2) for e in (1, 2))
+
+
 @dataclass(frozen=True)
 class MegatronLayout:
     """`iter_%07d/`, named by a tracker."""
@@ -94,11 +99,28 @@ class MegatronLayout:
             raise CorruptStepError(TRACKER_NAME, f"an iteration number expected, got {data[:40]!r}")
         return int(text)
 
-    def foreign_problem(self, step: int, names: Collection[str], tracked: int | None) -> str | None:
+    def place(self, step: int, part: str) -> Place:
+        directory = directory_of(part)
+        return Place(directory, directory, "megatron")
+
+    def added_files(self, step: int, part: str) -> Mapping[str, bytes]:
+        return {}
+
+    def foreign_problem(
+        self,
+        step: int,
+        names: Collection[str],
+        tracked: int | None,
+        size_of: SizeOf = NOTHING_THERE,
+        parts: Collection[str] = (),
+    ) -> str | None:
         if tracked is None:
             return f"no {TRACKER_NAME} vouches for it"
         if step > tracked:
             return f"beyond the tracker, which names {tracked}: its writer never finished it"
-        if not any(name.startswith("mp_rank_") for name in names):
+        for part in parts:
+            if not any(size_of(f"{part}/{model.model_path}") for model in _FIRSTS):
+                return f"no {part}/{_FIRSTS[0].model_path}"
+        if not parts and not any(name.startswith("mp_rank_") for name in names):
             return "no mp_rank_* directory"
         return None

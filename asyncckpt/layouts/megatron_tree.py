@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _CHECKPOINT_VERSION = 3.0
+_MEGATRONS_OWN = ("checkpoint_version", "args", "num_floating_point_operations_so_far", "rerun_state_machine")
 
 _NAMES = {"lr_scheduler": "opt_param_scheduler", "step": "iteration", "rng": "rng_state"}
 _OURS = {theirs: ours for ours, theirs in _NAMES.items()}
@@ -40,7 +41,7 @@ def from_megatron(packed: Mapping[str, Any]) -> dict[str, Any]:
     for name, branch in packed.items():
         if name == "rng_state":
             tree["rng"] = _unpack_rng(branch)
-        elif name not in ("checkpoint_version", "args"):
+        elif name not in _MEGATRONS_OWN:
             tree[_OURS.get(name, name)] = branch
     return tree
 

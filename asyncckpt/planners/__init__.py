@@ -1,4 +1,4 @@
-"""One planner per layout: a tree -> the files of a step.
+"""One planner per format: a tree -> the files of a part of a step.
 
 A planner belongs to one thread. Pure, as `plan` is.
 """
@@ -6,23 +6,28 @@ A planner belongs to one thread. Pure, as `plan` is.
 from __future__ import annotations
 
 from ..errors import OptionError
+from ..layouts import rlinf_tree
 from ..layouts.megatron import ModelRank
+from ..layouts.rlinf import DCP_DIRECTORY, WEIGHTS_PATH
 from ..plan import Planner
-from .dcp import DcpPlanner
+from .dcp import Arrangement, DcpPlanner
+from .driver import DriverPlanner
 from .megatron import MegatronPlanner
 
-__all__ = ["DcpPlanner", "MegatronPlanner", "planner_for"]
+__all__ = ["Arrangement", "DcpPlanner", "DriverPlanner", "MegatronPlanner", "planner_for"]
+
+_RLINF = Arrangement(DCP_DIRECTORY, rlinf_tree.shared_tree, rlinf_tree.stored_path, WEIGHTS_PATH)
 
 
 def planner_for(
-    layout: str, rank: int = 0, world_size: int = 1, model_rank: ModelRank | None = None
+    form: str, rank: int = 0, world_size: int = 1, model_rank: ModelRank | None = None
 ) -> Planner:
-    """The planner that fills a layout's directories, for one of `world_size` ranks.
+    """The planner of a format (see `layouts.Place`), for one of `world_size` ranks.
 
     Raises:
-        OptionError: nothing says which part of the model the rank has.
+        OptionError: nothing says which part of the model the rank has, or the format is one rank's.
     """
-    if layout == "megatron":
+    if form == "megatron":
         if world_size > 1 and model_rank is None:
             raise OptionError(
                 f"layout 'megatron': nothing says which part of the model each of {world_size} ranks has; "
@@ -30,5 +35,9 @@ def planner_for(
             )
         return MegatronPlanner(rank, world_size, model_rank)
     if model_rank is not None:
-        raise OptionError(f"model_rank: layout {layout!r} has no use for it")
-    return DcpPlanner(rank, world_size)
+        raise OptionError(f"model_rank: files of format {form!r} have no use for it")
+    if form == "driver":
+        if world_size > 1:
+            raise OptionError(f"a driver is one process, here are {world_size}")
+        return DriverPlanner()
+    return DcpPlanner(rank, world_size, _RLINF if form == "rlinf-dcp" else None)

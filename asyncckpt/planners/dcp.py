@@ -3,13 +3,16 @@
 __{rank}_0.distcp   one item per tensor or piece of one that this rank writes; rank 0: and python leaves
 .metadata           which item of which file holds what; of several ranks, rank 0 writes it at the end
 rank_{rank}.pt      what is a rank's own: generators, sampler; only where there are several ranks
+
+Tools that keep such files elsewhere, under names of their own, have an `Arrangement`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,15 +26,22 @@ from ..layouts.dcp import METADATA_PATH, data_path, own_path
 from ..plan import (
     PlanCache,
     Planned,
+    SharedPart,
     WritePlan,
     inert_in,
+    number_storages,
     planned_with,
     refuse_unreachable,
     slot_nbytes,
     span_nbytes,
 )
 from ..shards import Block, Blocks, Holders, Piece, boxes, is_sharded, local_of, shares
-from ..tree import OWN_SECTIONS, Leaf, StateTree, flatten, tensors_in
+from ..shared import SharedFile
+from ..tree import OWN_SECTIONS, Leaf, Path, StateTree, flatten, tensors_in
+from .shared import SharedPlan, lay_out
+from .weights import weights_file
+
+_log = logging.getLogger(__name__)
 
 
 class _Tensor(NamedTuple):
@@ -51,23 +61,48 @@ class _Source(NamedTuple):
     nbytes: int
 
 
+class Arrangement(NamedTuple):
+    """Where a tool keeps DCP files, and what it calls what is in them.
+
+    A rank's own file lies beside that directory, also where there is one rank alone.
+
+    Attributes:
+        directory: of the DCP files, relative to the part's base.
+        shared: what of a tree all ranks have together.
+        stored_path: where in the stored state dict a leaf of that lies.
+        weights: file of torch.save with the whole model, which ranks write together, relative to the base.
+    """
+
+    directory: str
+    shared: Callable[[Mapping[str, Any]], dict[str, Any]]
+    stored_path: Callable[[Path], Path]
+    weights: str
+
+
 class DcpPlanner(PlanCache):
     """Tensors first, then python leaves. Tied tensors (same memory, shape and strides) are one item under
     several names. What several ranks hold, they write in equal shares, where training keeps it equal; of
     all else that is plain, the first rank's is written."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, arrangement: Arrangement | None = None) -> None:
         super().__init__()
         import torch.distributed.checkpoint.filesystem  # noqa: F401 -- else the first save pays for it
 
         self._rank = rank
         self._alone = world_size == 1
+        self._arrangement = arrangement
         self._blocks = Blocks(world_size)
         self._sources: list[_Source] = []
+        self._weights: SharedPlan | None = None
+        self._said_no_weights = False
 
     def plan(self, tree: Mapping[str, Any]) -> Planned:
-        own = {} if self._alone else {name: tree[name] for name in OWN_SECTIONS if name in tree}
-        leaves = flatten({name: branch for name, branch in tree.items() if name not in own})
+        apart = not self._alone or self._arrangement is not None
+        own = {name: tree[name] for name in OWN_SECTIONS if apart and name in tree}
+        if self._arrangement is not None:
+            leaves = flatten(self._arrangement.shared(tree))
+        else:
+            leaves = flatten({name: branch for name, branch in tree.items() if name not in own})
         parameters = tree.parameters if isinstance(tree, StateTree) else frozenset()
         tensors: list[_Tensor] = []
         others: list[Leaf] = []
@@ -91,11 +126,11 @@ class DcpPlanner(PlanCache):
                 _refuse_sharded(leaf)
                 others.append(leaf)
         pickles = [pickle_tree(leaf.value, where=leaf.name) for leaf in others]
-        crcs = () if self._alone else tuple(zlib.crc32(pickled.data) for pickled in pickles)
+        crcs = () if self._alone else tuple(map(_comparable, others, pickles))
 
         shared = list(zip(others, pickles, strict=True))
         written = [(leaf.name, pickled) for leaf, pickled in shared] if self._rank == 0 else []
-        if not self._alone:
+        if apart:
             for leaf in flatten(own):
                 refuse_unreachable(leaf)
                 _refuse_sharded(leaf)
@@ -108,11 +143,14 @@ class DcpPlanner(PlanCache):
         )
         served = self._serve(signature, [pickled for _, pickled in written])
         if served is None:
-            plan, self._sources = self._lay_out(signature, leaves, tensors, unique, others, written)
+            plan, self._sources = self._lay_out(signature, leaves, tensors, unique, others, written, tree)
             self._keep(plan)
         else:
             plan = served
         spans = [(local_of(unique[s.item]), s.begin_nbytes, s.nbytes) for s in self._sources]
+        if self._weights is not None:
+            values = (value for value in tree["model"].values() if isinstance(value, torch.Tensor))
+            spans += self._weights.spans_of([local_of(value) for value in values])
         return planned_with(plan, written, spans, served is None, crcs)
 
     def _is_first_ranks(self, leaf: Leaf, parameters: frozenset[str]) -> bool:
@@ -155,6 +193,7 @@ class DcpPlanner(PlanCache):
         unique: list[torch.Tensor],
         others: list[Leaf],
         written: list[tuple[str, Pickled]],
+        tree: Mapping[str, Any],
     ) -> tuple[WritePlan, list[_Source]]:
         names = [name for name, _ in written]
         slots = [slot_nbytes(len(pickled.data)) for _, pickled in written]
@@ -165,7 +204,9 @@ class DcpPlanner(PlanCache):
         firsts = {item for _, item, form in tensors if form[-1]}
         sources = _sources(unique, blocks, firsts, self._rank)
 
-        builder = ImageBuilder(data_path(self._rank))
+        builder = ImageBuilder(self._in_directory(data_path(self._rank)))
+        file = data_path(self._rank)  # as `.metadata`, which lies beside it, has it
+        stored = {leaf.name: self._stored(leaf) for leaf in leaves}
         placed: dict[int, list[tuple[distcp.ItemSpec, distcp.Span, tuple[int, ...]]]] = {}
         for source in sources:
             spec, offsets = _described(
@@ -175,37 +216,77 @@ class DcpPlanner(PlanCache):
             names.append(spec.fqn)
             placed.setdefault(source.item, []).append((spec, span, offsets))
         entries = [
-            distcp.Entry(leaf.name, builder.path, span, spec, blocks[item].whole, offsets)
+            distcp.Entry(stored[leaf.name].name, file, span, spec, blocks[item].whole, offsets)
             for leaf, item, _ in tensors
             for spec, span, offsets in placed.get(item, ())
         ]
-        numbers = _storage_numbers(names, written)
+        self._weights = self._lay_out_weights(tree, len(names))
+        names += self._weights.names if self._weights is not None else ()
+        numbers = number_storages(names, written)
         for index, (leaf, storages) in enumerate(zip(others, numbers, strict=False)):
             if self._rank == 0:
                 span = distcp.lay_out_bytes(builder, index, slots[index], storages)
-                entries.append(distcp.Entry(leaf.name, builder.path, span))
+                entries.append(distcp.Entry(stored[leaf.name].name, file, span))
         images = [builder.build()]
-        paths = {leaf.name: leaf.path for leaf in leaves}
+        paths = {leaf.name: leaf.path for leaf in stored.values()}
         place = {name: index for index, name in enumerate(paths)}  # loading finds the tree's own order
         entries.sort(key=lambda entry: place[entry.fqn])
         untrusted = tuple(
             (name + path, kind) for name, pickled in written for path, kind in inert_in(pickled)
         )
+        if not self._alone or self._arrangement is not None:
+            own = ImageBuilder(own_path(self._rank))
+            torch_zip.lay_out(own, torch_zip.stem_of(own.path), (len(slots) - 1, slots[-1]), numbers[-1])
+            images.append(own.build())
+        shared: tuple[SharedPart, ...] = ()
+        if self._weights is not None:
+            shared = (self._weights.part.after(len(images)),)
+            images += self._weights.images
         if self._alone:
-            metadata = ImageBuilder(METADATA_PATH)
+            metadata = ImageBuilder(self._in_directory(METADATA_PATH))
             metadata.literal(distcp.metadata_bytes(entries, paths))
             images.append(metadata.build())
-            return WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature), sources
-        own = ImageBuilder(own_path(self._rank))
-        torch_zip.lay_out(own, torch_zip.stem_of(own.path), (len(slots) - 1, slots[-1]), numbers[-1])
-        images.append(own.build())
+            plan = WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature, shared=shared)
+            return plan, sources
         plan = WritePlan(
             tuple(images), tuple(slots), tuple(names), untrusted, signature,
-            tree=distcp.pack_tree(paths, _forms(tensors, unique, blocks)),
-            layout=distcp.pack_layout(builder.path, entries, paths),
+            tree=distcp.pack_tree(paths, _forms(tensors, stored, unique, blocks)),
+            layout=distcp.pack_layout(file, entries, paths),
             groups=_groups(blocks, tensors, others),
+            shared=shared,
         )  # fmt: skip
         return plan, sources
+
+    def _lay_out_weights(self, tree: Mapping[str, Any], first_source: int) -> SharedPlan | None:
+        if self._arrangement is None or "model" not in tree:
+            return None
+        file = weights_file(self._arrangement.weights, tree["model"], self._rank)
+        if isinstance(file, SharedFile):
+            return lay_out(file, self._rank, first_source)
+        if not self._said_no_weights:
+            self._said_no_weights = True
+            _log.warning(
+                "%s is not written: what ranks have of model.%s are no runs of it in memory",
+                self._arrangement.weights,
+                file,
+            )
+        return None
+
+    def _in_directory(self, name: str) -> str:
+        return name if self._arrangement is None else f"{self._arrangement.directory}/{name}"
+
+    def _stored(self, leaf: Leaf) -> Leaf:
+        """The leaf as its file calls it."""
+        if self._arrangement is None:
+            return leaf
+        path = self._arrangement.stored_path(leaf.path)
+        return Leaf(".".join(map(str, path)), path, leaf.value)
+
+
+def _comparable(leaf: Leaf, pickled: Pickled) -> int:
+    """A checksum of what should be the same on all ranks; generators need not be, also where one rank's are
+    saved for all."""
+    return 0 if leaf.path[0] == "rng" else zlib.crc32(pickled.data)
 
 
 def _placement(tensor: torch.Tensor) -> object:
@@ -251,24 +332,17 @@ def _described(
     return spec.cut(piece.shape), offsets
 
 
-def _storage_numbers(names: list[str], written: list[tuple[str, Pickled]]) -> list[list[tuple[int, int]]]:
-    """(source, nbytes) of the storages met while pickling, which are the last sources; names them."""
-    numbers = []
-    for name, pickled in written:
-        storages = []
-        for position, storage in enumerate(pickled.storages):
-            storages.append((len(names), storage.nbytes()))
-            names.append(f"{name} (storage {position})")
-        numbers.append(storages)
-    return numbers
-
-
 def _forms(
-    tensors: Sequence[_Tensor], unique: Sequence[torch.Tensor], blocks: Sequence[Block]
+    tensors: Sequence[_Tensor],
+    stored: Mapping[str, Leaf],
+    unique: Sequence[torch.Tensor],
+    blocks: Sequence[Block],
 ) -> dict[str, distcp.TensorForm]:
     """What all ranks that have a tensor know of it alike, also those that write nothing of it."""
     return {
-        leaf.name: distcp.TensorForm(unique[item].dtype, blocks[item].whole, unique[item].requires_grad)
+        stored[leaf.name].name: distcp.TensorForm(
+            unique[item].dtype, blocks[item].whole, unique[item].requires_grad
+        )
         for leaf, item, _ in tensors
     }
 

@@ -79,8 +79,7 @@ class MegatronPlanner(PlanCache):
         shared: list[SharedPlan] = []
         for file in files:
             source = len(named) + sum(len(plan.sources) for plan in shared)
-            image = len(named) + sum(len(plan.images) for plan in shared)
-            shared.append(lay_out(file, self._rank, source, image))
+            shared.append(lay_out(file, self._rank, source))
         owners: dict[int, str] = {}
         for leaf in flatten(tree):
             for tensor in tensors_in(leaf.value):
@@ -101,11 +100,15 @@ class MegatronPlanner(PlanCache):
             (f"{path}: state{where}", kind) for path, pickled in named for where, kind in inert_in(pickled)
         )
         self._shared = tuple(shared)
+        parts = []
+        for laid_out in shared:
+            parts.append(laid_out.part.after(len(images)))
+            images += laid_out.images
         return WritePlan(
-            (*images, *(image for plan in shared for image in plan.images)),
+            tuple(images),
             slots,
             tuple(names),
             untrusted,
             signature,
-            shared=tuple(plan.part for plan in shared),
+            shared=tuple(parts),
         )

@@ -33,7 +33,7 @@ class SharedPlan:
 
     Attributes:
         images: what it writes: of the file, and of what it hands over.
-        part: for the committer.
+        part: for the committer; its images are numbered from 0.
         sources: (sliced tensor, piece, first byte, nbytes) of each source, by index; no tensor for zeros.
         names: of the sources.
     """
@@ -51,6 +51,13 @@ class SharedPlan:
             for sliced, piece, begin, nbytes in self.sources
         ]
 
+    def spans_of(self, tensors: Sequence[torch.Tensor]) -> list[Span]:
+        """The same where each sliced tensor has one piece: those pieces, for all sliced tensors in order."""
+        return [
+            (_zeros, 0, nbytes) if sliced == ZEROS else (tensors[sliced], begin, nbytes)
+            for sliced, _, begin, nbytes in self.sources
+        ]
+
 
 def signature_of(file: SharedFile) -> object:
     """Plans of files with equal signatures are equal."""
@@ -63,12 +70,11 @@ def signature_of(file: SharedFile) -> object:
     )
 
 
-def lay_out(file: SharedFile, rank: int, first_source: int, first_image: int) -> SharedPlan:
+def lay_out(file: SharedFile, rank: int, first_source: int) -> SharedPlan:
     """This rank's part of a file.
 
     Args:
         first_source: number of the first source of this part in the plan.
-        first_image: number of its first image.
 
     Raises:
         LeafError: a piece is not what a slice of the file can be copied from.
@@ -110,8 +116,8 @@ def lay_out(file: SharedFile, rank: int, first_source: int, first_image: int) ->
             path=file.path,
             closer=file.closer,
             digest=hashlib.sha256(image.literals + b"%d" % image.nbytes).hexdigest()[:16],
-            inside=first_image if part.inside is not None else None,
-            edges=first_image + len(images) - 1 if part.edges is not None else None,
+            inside=0 if part.inside is not None else None,
+            edges=len(images) - 1 if part.edges is not None else None,
             image=image if is_closer else None,
             spans=spans if is_closer else None,
         ),
