@@ -20,6 +20,9 @@ from pathlib import Path
 
 from .errors import WriteError
 
+# What the operating system says of this process, not of the file: nothing is known of that then.
+OF_THIS_PROCESS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
 Observer = Callable[[str, str], None]
 
 _log = logging.getLogger(__name__)

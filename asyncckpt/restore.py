@@ -26,6 +26,7 @@ import torch
 
 from . import _native, devices
 from .errors import CorruptStepError, DeviceError, LoadError, StepNotFoundError, UntrustedError
+from .filesystem import OF_THIS_PROCESS
 from .formats import distcp, torch_zip
 from .formats.manifest import FileEntry, check_path
 from .formats.pickles import SparseRef, TensorRef, find_inert
@@ -132,8 +133,7 @@ class StepFiles:
         return fd
 
 
-# What the operating system says of this process, not of the file.
-_OURS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES})
+_OURS = OF_THIS_PROCESS | {errno.EACCES}
 
 
 def _raise_if_ours(path: str, operation: str, number: int | None) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import CorruptStepError, LoadError, OptionError, RootError, StepNotFoundError
-from .filesystem import Filesystem
+from .filesystem import OF_THIS_PROCESS, Filesystem
 from .formats.manifest import FRAGMENT_PREFIX, MANIFEST_NAME, Fragment, Manifest
 from .layouts import LAYOUTS, Layout
 from .parts import Parts
@@ -157,6 +157,7 @@ class RootView:
         Raises:
             StepNotFoundError: the step was deleted meanwhile: choose again.
             CorruptStepError: a fragment is missing or damaged.
+            LoadError: this process may open no more files, or has no memory.
         """
         if entry.manifest is None:
             raise CorruptStepError(str(entry.path / MANIFEST_NAME), entry.problem or "there is none")
@@ -169,6 +170,7 @@ class RootView:
             except OSError as problem:
                 if isinstance(problem, FileNotFoundError) and not entry.path.exists():
                     raise StepNotFoundError(f"step {entry.step} was deleted while it was read") from None
+                _raise_if_ours(path, problem)
                 raise CorruptStepError(str(path), f"cannot be read: {problem}") from problem
             ref.verify(data, str(path))
             fragment = Fragment.from_bytes(data, str(path))
@@ -219,6 +221,7 @@ class RootView:
         except NotADirectoryError:
             return None
         except OSError as problem:
+            _raise_if_ours(path / MANIFEST_NAME, problem)
             return StepEntry(step, path, None, False, f"{MANIFEST_NAME} cannot be read: {problem}")
         try:
             manifest = Manifest.from_bytes(data, str(path / MANIFEST_NAME))
@@ -262,3 +265,9 @@ class RootView:
             if entry is not None:
                 found.append(entry)
         return found
+
+
+def _raise_if_ours(path: Path, problem: OSError) -> None:
+    """Raise LoadError where nothing is known of the step: an older one would be refused as well."""
+    if problem.errno in OF_THIS_PROCESS:
+        raise LoadError(f"{path} cannot be read: {problem}; the step may be good") from problem

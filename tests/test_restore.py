@@ -670,3 +670,28 @@ def test_what_this_process_may_not_do_is_no_damage(
         resume = checkpointer.load_latest()
         assert resume is not None
         assert resume.step == 2
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+@pytest.mark.parametrize("name", ["asyncckpt_manifest.json", "asyncckpt_rank_00000.json"])
+def test_a_manifest_that_this_process_may_not_open_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    with AsyncCheckpointer(tmp_path, extra={"weight": torch.ones(64)}) as checkpointer:
+        checkpointer.save(1).wait()
+        checkpointer.save(2).wait()
+        read = checkpointer._root.fs.read
+
+        def refuse(path: Path) -> bytes:
+            if path.name == name and path.parent.name == "step-2":
+                raise OSError(number, os.strerror(number), str(path))
+            return read(path)
+
+        monkeypatch.setattr(checkpointer._root.fs, "read", refuse)
+        with pytest.raises(LoadError, match=os.strerror(number)) as caught:
+            checkpointer.load_latest()
+        assert type(caught.value) is LoadError
+        monkeypatch.undo()
+        resume = checkpointer.load_latest()
+        assert resume is not None
+        assert resume.step == 2
