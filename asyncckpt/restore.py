@@ -180,6 +180,14 @@ def read_tree(
 
 
 def _read_dcp(files: StepFiles, described_in: str, trusted: bool) -> dict[str, Any]:
+    items, paths = _read_items(files, described_in, trusted)
+    return unflatten((_as_path(paths.get(name), name), value) for name, value in items.items())
+
+
+def _read_items(
+    files: StepFiles, described_in: str, trusted: bool
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """What `.metadata` describes, by name; and the paths that it has for some of the names."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     content = files.content(described_in)
@@ -249,8 +257,7 @@ def _read_dcp(files: StepFiles, described_in: str, trusted: bool) -> dict[str, A
             raise CorruptStepError(files.path(described_in), f"{name}: its chunks do not tile it")
         return tensor
 
-    named = {name: leaf(name, described) for name, described in metadata.state_dict_metadata.items()}
-    return unflatten((_as_path(paths.get(name), name), value) for name, value in named.items())
+    return {name: leaf(name, described) for name, described in metadata.state_dict_metadata.items()}, paths
 
 
 def _sizes_of(described: Any) -> dict[tuple[int, ...], tuple[int, ...]]:

@@ -29,7 +29,7 @@ def to_megatron(tree: Mapping[str, Any]) -> dict[str, Any]:
         if name == "optimizer":
             packed[name] = _numbered(branch)
         elif name == "rng":
-            packed["rng_state"] = [_pack_rng(branch)]
+            packed["rng_state"] = [pack_rng(branch)]
         else:
             packed[_NAMES.get(name, name)] = branch
     return packed
@@ -40,7 +40,7 @@ def from_megatron(packed: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for name, branch in packed.items():
         if name == "rng_state":
-            tree["rng"] = _unpack_rng(branch)
+            tree["rng"] = unpack_rng(branch)
         elif name not in _MEGATRONS_OWN:
             tree[_OURS.get(name, name)] = branch
     return tree
@@ -63,14 +63,16 @@ def _numbered(branch: Any) -> Any:
     return {"state": state, "param_groups": groups}
 
 
-def _pack_rng(states: Mapping[str, Any]) -> dict[str, Any]:
+def pack_rng(states: Mapping[str, Any]) -> dict[str, Any]:
+    """One of the dicts that `rng_state` lists."""
     packed = {theirs: states[ours] for ours, theirs in _RNG_NAMES.items() if ours in states}
     if "cuda" in states:  # Megatron keeps one device per rank
         packed["cuda_rng_state"] = states["cuda"][0] if len(states["cuda"]) == 1 else states["cuda"]
     return {**packed, "rng_tracker_states": states.get("tracker", {})}
 
 
-def _unpack_rng(branch: Any) -> dict[str, Any]:
+def unpack_rng(branch: Any) -> dict[str, Any]:
+    """The first of the dicts that `rng_state` lists, as our branch."""
     packed = branch[0] if isinstance(branch, list | tuple) and branch else branch
     if not isinstance(packed, Mapping):
         return {}
