@@ -13,6 +13,7 @@ Guarantees:
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import zlib
@@ -30,8 +31,8 @@ from .formats import distcp, torch_zip
 from .formats.manifest import FileEntry, check_path
 from .formats.pickles import SparseRef, TensorRef, find_inert
 from .formats.refs import span_elements
-from .layouts.megatron import ModelRank
-from .layouts.megatron_tree import from_megatron
+from .layouts.megatron import COMMON_PATH, CONFIG_PATH, ModelRank
+from .layouts.megatron_tree import from_megatron, from_megatron_dist
 from .layouts.place import Place
 from .layouts.rlinf import DATA_NAME
 from .layouts.rlinf_tree import from_rlinf
@@ -172,6 +173,8 @@ def read_tree(
         if shared:
             tree[SHARED_BRANCH] = {path: _read_any(files, place.path(path), trusted) for path in shared}
         return tree
+    if place.format == "megatron-dist":
+        return _read_megatron_dist(files, place, trusted)
     if place.format == "driver":
         return _read_driver(files, place, trusted)
     if place.format == "rlinf-dcp":
@@ -293,6 +296,23 @@ def _read_megatron(files: StepFiles, place: Place, trusted: bool, model_rank: Mo
         missing = _some(expected - found)
         raise CorruptStepError(str(directory), f"parts of the model are missing: {missing}")
     return from_megatron(read_zip(files, place.path(model_rank.model_path), trusted=trusted))
+
+
+def _read_megatron_dist(files: StepFiles, place: Place, trusted: bool) -> dict[str, Any]:
+    """`torch_dist`: what is sharded goes to its branches by name, as one mapping for all ranks."""
+    config_path = place.path(CONFIG_PATH)
+    try:
+        config = json.loads(files.content(config_path))
+        backend = config["sharded_backend"], config["sharded_backend_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptStepError(
+            files.path(config_path), f"not a checkpoint's description: {error!r}"
+        ) from None
+    if backend != ("torch_dist", 1):
+        raise LoadError(f"{files.path(config_path)} names {backend}; only ('torch_dist', 1) is read here")
+    common = read_zip(files, place.path(COMMON_PATH), trusted=trusted)
+    items, _ = _read_items(files, place.path(place.metadata), trusted)
+    return from_megatron_dist(common, items)
 
 
 def _some(names: set[str]) -> str:

@@ -6,8 +6,16 @@ as `torch.optim.Optimizer.state_dict` numbers it: by position, over all groups.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+CONTENT_KEY = "content_metadata"  # in common.pt: what the sharded state is like
+COMMON_KEY = "common"  # in a branch of a tree that was read: what common.pt has of it
+PLACES_KEY = "places"  # there too: keys of the generators, which say how the model was spread over ranks
+
+_SHARDED = ("model", "optimizer", "rng_state")  # branches of format torch_dist
+_OPTIMIZER_ITEM = re.compile(r"(chained_[0-9]+\.)?optimizer\.")
 
 _CHECKPOINT_VERSION = 3.0
 _MEGATRONS_OWN = ("checkpoint_version", "args", "num_floating_point_operations_so_far", "rerun_state_machine")
@@ -43,6 +51,39 @@ def from_megatron(packed: Mapping[str, Any]) -> dict[str, Any]:
             tree["rng"] = unpack_rng(branch)
         elif name not in _MEGATRONS_OWN:
             tree[_OURS.get(name, name)] = branch
+    return tree
+
+
+def to_common(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What `common.pt` holds: of our tree, what is neither sharded nor a rank's own. Its branch "common" has
+    keys of its own there."""
+    packed = to_megatron({name: branch for name, branch in tree.items() if name not in (*_SHARDED, "common")})
+    return {**packed, **tree.get("common", {})}
+
+
+def sharded_in(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The branches of our tree whose leaves are `Boxed` and `Keyed`."""
+    return {name: tree[name] for name in _SHARDED if name in tree}
+
+
+def from_megatron_dist(common: Mapping[str, Any], items: Mapping[str, Any]) -> dict[str, Any]:
+    """Our tree of a checkpoint of format torch_dist: sharded branches are flat, by the keys of their items.
+
+    Args:
+        items: of all ranks.
+    """
+    described = common.get(CONTENT_KEY)
+    tree = from_megatron({k: v for k, v in common.items() if k not in ("optimizer", CONTENT_KEY)})
+    tree.update({name: {} for name in ("model", "rng")})
+    if "optimizer" in common:
+        tree["optimizer"] = {CONTENT_KEY: described, COMMON_KEY: common["optimizer"]}
+    for key, item in items.items():
+        if _OPTIMIZER_ITEM.match(key):
+            tree.setdefault("optimizer", {})[key] = item
+        else:
+            tree["rng" if key.startswith("rng_state/") else "model"][key] = item
+    if "optimizer" in tree:
+        tree["optimizer"][PLACES_KEY] = list(tree["rng"])
     return tree
 
 
