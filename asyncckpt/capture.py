@@ -18,7 +18,7 @@ import torch
 from . import devices
 from .plan import Planned, span_nbytes
 from .report import SaveReport
-from .shards import is_partial, local_of
+from .shards import Boxed, is_partial, local_of
 from .tree import StateTree, flatten, named_tensors_in, rebuilt
 
 _log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def capture(tree: StateTree, buffers: set[int], reserve: Reserve) -> Captured:
     for name, branch in tree.items():
         if _MODEL.fullmatch(name):
             if buffers:
-                result[name] = {key: copy(v) if _is_buffer(v, buffers) else v for key, v in branch.items()}
+                result[name] = {key: _with_buffers(v, buffers, copy) for key, v in branch.items()}
         elif name == "optimizer":
             result[name] = _with_groups(branch, copy)
         else:
@@ -123,6 +123,13 @@ def capture(tree: StateTree, buffers: set[int], reserve: Reserve) -> Captured:
     every = [named for leaf in flatten(result) for named in named_tensors_in(leaf)]
     live = [(name, tensor) for name, tensor in every if id(tensor) not in ours]
     return Captured(result, live, frozenset(id(tensor) for _, tensor in every), forward_changes)
+
+
+def _with_buffers(value: Any, buffers: set[int], copy: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of what is a buffer; all else as it is."""
+    if isinstance(value, Boxed):
+        return replace(value, tensor=copy(value.tensor)) if _is_buffer(value.tensor, buffers) else value
+    return copy(value) if _is_buffer(value, buffers) else value
 
 
 def _is_buffer(value: Any, buffers: set[int]) -> bool:

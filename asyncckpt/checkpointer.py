@@ -79,7 +79,8 @@ class AsyncCheckpointer:
             are kept per rank anyway. All else is taken to be the same on every rank, or a DTensor.
         layout: "dcp" (`step-50/`, read by torch.distributed.checkpoint), "megatron"
             (`iter_0000050/mp_rank_00/model_optim_rng.pt` and a tracker), "rlinf-fsdp" or "rlinf-megatron"
-            (`global_step_50/`, a directory per part; see `integrations.rlinf`).
+            (`global_step_50/`, a directory per part; see `integrations.rlinf`). "megatron-dist" is for
+            `integrations.megatron` alone.
         host_memory: bytes that staging may take, all in all. A state that is larger streams through;
             then the step fence waits for the disk. Default: see `memory.default_host_memory_bytes`. With
             guard="full", checksums of what is on CUDA devices take 8 MiB more, once for the process.

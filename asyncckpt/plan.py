@@ -244,3 +244,10 @@ def refuse_unreachable(leaf: Leaf) -> None:
             devices.seam.device_of(tensor)
         except ValueError as error:
             raise LeafError(f"{leaf.name}: {error}; only those of the host and of CUDA devices") from None
+
+
+def refuse_unstorable(name: str, tensor: torch.Tensor) -> None:
+    """Raise LeafError for tensors whose memory is not their value."""
+    kind = type(local_of(tensor))
+    if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        raise LeafError(f"{name}: tensors of type {kind.__name__} cannot be saved in this layout")

@@ -13,6 +13,7 @@ Guarantees:
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 import zlib
@@ -31,8 +32,8 @@ from .formats import distcp, torch_zip
 from .formats.manifest import FileEntry, check_path
 from .formats.pickles import SparseRef, TensorRef, find_inert
 from .formats.refs import span_elements
-from .layouts.megatron import ModelRank
-from .layouts.megatron_tree import from_megatron
+from .layouts.megatron import COMMON_PATH, CONFIG_PATH, ModelRank
+from .layouts.megatron_tree import from_megatron, from_megatron_dist
 from .layouts.place import Place
 from .layouts.rlinf import DATA_NAME
 from .layouts.rlinf_tree import from_rlinf
@@ -172,6 +173,8 @@ def read_tree(
         if shared:
             tree[SHARED_BRANCH] = {path: _read_any(files, place.path(path), trusted) for path in shared}
         return tree
+    if place.format == "megatron-dist":
+        return _read_megatron_dist(files, place, trusted)
     if place.format == "driver":
         return _read_driver(files, place, trusted)
     if place.format == "rlinf-dcp":
@@ -180,6 +183,14 @@ def read_tree(
 
 
 def _read_dcp(files: StepFiles, described_in: str, trusted: bool) -> dict[str, Any]:
+    items, paths = _read_items(files, described_in, trusted)
+    return unflatten((_as_path(paths.get(name), name), value) for name, value in items.items())
+
+
+def _read_items(
+    files: StepFiles, described_in: str, trusted: bool
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """What `.metadata` describes, by name; and the paths that it has for some of the names."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     content = files.content(described_in)
@@ -249,8 +260,7 @@ def _read_dcp(files: StepFiles, described_in: str, trusted: bool) -> dict[str, A
             raise CorruptStepError(files.path(described_in), f"{name}: its chunks do not tile it")
         return tensor
 
-    named = {name: leaf(name, described) for name, described in metadata.state_dict_metadata.items()}
-    return unflatten((_as_path(paths.get(name), name), value) for name, value in named.items())
+    return {name: leaf(name, described) for name, described in metadata.state_dict_metadata.items()}, paths
 
 
 def _sizes_of(described: Any) -> dict[tuple[int, ...], tuple[int, ...]]:
@@ -286,6 +296,23 @@ def _read_megatron(files: StepFiles, place: Place, trusted: bool, model_rank: Mo
         missing = _some(expected - found)
         raise CorruptStepError(str(directory), f"parts of the model are missing: {missing}")
     return from_megatron(read_zip(files, place.path(model_rank.model_path), trusted=trusted))
+
+
+def _read_megatron_dist(files: StepFiles, place: Place, trusted: bool) -> dict[str, Any]:
+    """`torch_dist`: what is sharded goes to its branches by name, as one mapping for all ranks."""
+    config_path = place.path(CONFIG_PATH)
+    try:
+        config = json.loads(files.content(config_path))
+        backend = config["sharded_backend"], config["sharded_backend_version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptStepError(
+            files.path(config_path), f"not a checkpoint's description: {error!r}"
+        ) from None
+    if backend != ("torch_dist", 1):
+        raise LoadError(f"{files.path(config_path)} names {backend}; only ('torch_dist', 1) is read here")
+    common = read_zip(files, place.path(COMMON_PATH), trusted=trusted)
+    items, _ = _read_items(files, place.path(place.metadata), trusted)
+    return from_megatron_dist(common, items)
 
 
 def _some(names: set[str]) -> str:

@@ -75,6 +75,23 @@ class Block:
     holders: Holders
 
 
+@dataclass(frozen=True, eq=False)
+class Boxed:
+    """A leaf: a plain tensor that its owner says is a box of a larger one, for this rank to write.
+
+    Attributes:
+        key: what the larger one is called; several boxes of it may be here.
+        tensor: the box. It has as many dimensions as the whole.
+        whole: shape of the larger one.
+        offsets: of the box in it, in elements.
+    """
+
+    key: str
+    tensor: torch.Tensor
+    whole: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
 def _dtensor() -> Any:
     """The class, if this process has any such tensor; importing it takes a second."""
     module = sys.modules.get("torch.distributed.tensor")

@@ -93,7 +93,10 @@ class TrainingState:
         if value is None:
             return
         if isinstance(value, BringsSections):
-            self.sections.update(value.sections())
+            brought = value.sections()
+            if "model" in brought:
+                self.sections = {k: one for k, one in self.sections.items() if k not in self.models}
+            self.sections.update(brought)
             self.optimizers += value.optimizers()
         elif isinstance(value, Stateful):
             self.sections[name] = make(value)

@@ -18,7 +18,7 @@ import torch
 from . import devices
 from .errors import LeafError
 from .formats.refs import span_elements
-from .shards import Block, Blocks, Holders
+from .shards import Block, Blocks, Boxed, Holders
 from .shared import SharedFile, SlicedTensor
 
 Path = tuple[str | int, ...]
@@ -43,6 +43,18 @@ class Leaf(NamedTuple):
 
     name: str  # the path, joined with "."
     path: Path
+    value: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Keyed:
+    """A leaf: python that is saved under a name of its own, for this rank to write.
+
+    Attributes:
+        key: unique over all ranks.
+    """
+
+    key: str
     value: Any
 
 
@@ -119,6 +131,10 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from (piece for _, piece in value.pieces)
         elif isinstance(value, SharedFile):
             rest.append(value.content)
+        elif isinstance(value, Boxed):
+            yield value.tensor
+        elif isinstance(value, Keyed):
+            rest.append(value.value)
         elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
             seen.add(id(value))
             rest += reversed(list(value.values()) if isinstance(value, Mapping) else value)
@@ -356,8 +372,44 @@ class Matching:
                 f"{describe(stored.dtype, stored.shape)} in the checkpoint"
             )
         else:
-            block = Block(stored.shape, (begin,), (live.numel(),), Holders("", ()))
-            self.reads.append(Read(name, stored.needed(block), block, live))
+            self._read_box(name, stored, (begin,), live)
+
+    def into_box(self, name: str, stored: Any, box: Boxed, *, resized: bool = False) -> None:
+        """Plan to read what a stored tensor has at the place of a live box.
+
+        Args:
+            resized: the stored one may be of another size: what it lacks becomes zeros.
+        """
+        live = box.tensor
+        if not isinstance(stored, StoredTensor):
+            self.differences.append(f"{name}: a tensor here, {type(stored).__name__} in the checkpoint")
+            return
+        fits = len(stored.shape) == len(box.whole) if resized else stored.shape == box.whole
+        if not fits or stored.dtype != live.dtype:
+            self.differences.append(
+                f"{name}: {describe(live.dtype, box.whole)} here, "
+                f"{describe(stored.dtype, stored.shape)} in the checkpoint"
+            )
+            return
+        lacking = []
+        for dim, (size, begin) in enumerate(zip(stored.shape, box.offsets, strict=True)):
+            there = min(max(size - begin, 0), live.shape[dim])
+            if there < live.shape[dim]:
+                lacking.append(live.narrow(dim, there, live.shape[dim] - there))
+                live = live.narrow(dim, 0, there)
+
+        def clear() -> None:
+            for part in lacking:
+                part.zero_()
+
+        self.afterwards.append(clear)
+        self._read_box(name, stored, box.offsets, live)
+
+    def _read_box(
+        self, name: str, stored: StoredTensor, offsets: tuple[int, ...], live: torch.Tensor
+    ) -> None:
+        block = Block(stored.shape, offsets, tuple(live.shape), Holders("", ()))
+        self.reads.append(Read(name, stored.needed(block), block, live))
 
     def _read(self, name: str, stored: StoredTensor, live: torch.Tensor) -> None:
         block = self._blocks.of(name, live)

@@ -62,6 +62,8 @@ class Layout:
     overlap_param_gather: bool = False
     layers: int = 2
     hidden: int = 72
+    bucket_size: int = 20_000
+    """Parameters of a bucket of the optimizer's; there are several."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +237,7 @@ class Job:
                 use_distributed_optimizer=True,
                 overlap_grad_reduce=True,  # else one bucket, whatever bucket_size says
                 overlap_param_gather=layout.overlap_param_gather,
-                bucket_size=20_000,
+                bucket_size=layout.bucket_size,
             ),
             model,
             disable_bucketing=index > 0,  # as Megatron-LM does

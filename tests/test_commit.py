@@ -34,6 +34,7 @@ from asyncckpt.steps import RootView, StepEntry
 FILES = {
     "dcp": (".metadata", "__0_0.distcp"),
     "megatron": ("mp_rank_00/model_optim_rng.pt",),
+    "megatron-dist": (".metadata", "__0_0.distcp", "common.pt", "metadata.json"),
     "rlinf-fsdp": ("data/data.pt", "actor/dcp_checkpoint/.metadata", "actor/dcp_checkpoint/__0_0.distcp"),
     "rlinf-megatron": ("data/data.pt", "actor/iter_0000050/mp_rank_00/model_optim_rng.pt"),
 }

@@ -129,6 +129,7 @@ def test_an_integration_comes_in_by_the_doors_for_it_and_imports_a_framework_whe
         "integrations",
         "layouts",
         "sections",
+        "shards",
         "shared",
         "steps",
         "tree",

@@ -14,7 +14,6 @@ Sources: megatron/core/optimizer/distrib_optimizer.py (get_parameter_state_dp_ze
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,18 +23,28 @@ import torch
 import torch.distributed as dist
 
 from ..checkpointer import AsyncCheckpointer
-from ..errors import LeafError, LoadError, OptionError
+from ..errors import OptionError
 from ..formats.image import Int64Array
 from ..layouts.megatron import ModelRank
 from ..sections import Section, StatefulSection
 from ..shared import SHARED_BRANCH, SharedFile, SlicedTensor
 from ..tree import Matching, StoredTensor
-
-_STATES = ("param", "exp_avg", "exp_avg_sq")  # of each parameter, in the order of the file
-_SHARDED = ("DistributedOptimizer",)
-_PLAIN = ("Float16OptimizerWithFloat16Params", "FP32Optimizer")
-_ADAMS = ("Adam", "AdamW", "FusedAdam")  # torch's, Apex's, Transformer Engine's
-_GROUP_NAMES = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")  # what tells groups apart
+from .megatron_dist import dist_state_of
+from .megatron_sections import (
+    PLAIN,
+    STATES,
+    ForMegatron,
+    Generators,
+    Groups,
+    ParameterStates,
+    Scheduler,
+    Sync,
+    Synced,
+    below,
+    chained,
+    inner_of,
+    innermost,
+)
 
 
 def checkpointer(
@@ -46,6 +55,8 @@ def checkpointer(
     opt_param_scheduler: Any = None,
     args: Any = None,
     also: Mapping[str, Callable[[], Any]] | None = None,
+    format: str = "torch",  # noqa: A002 -- the word that Megatron-LM's users know
+    fully_reshardable: bool | None = None,
     **options: Any,
 ) -> AsyncCheckpointer:
     """An AsyncCheckpointer over Megatron's own tree. Collective: every rank calls it.
@@ -57,11 +68,22 @@ def checkpointer(
         opt_param_scheduler: OptimizerParamScheduler.
         args: Megatron-LM's arguments, kept in the model's file for its own load.
         also: further keys of that file, and what gives their values at a save; only Megatron-LM reads them.
+        format: as Megatron-LM's --ckpt-format: "torch" (`mp_rank_00/`, loaded by the same parallelism) or
+            "torch_dist" (the model loads at any parallelism, the optimizer at any data-parallel size).
+        fully_reshardable: of format "torch_dist": the optimizer too loads at any parallelism; Megatron-LM's
+            --dist-ckpt-optim-fully-reshardable, which `args` may say instead. Nothing is gathered for it.
         options: of AsyncCheckpointer.
 
     Raises:
         OptionError: an optimizer that nobody here knows; it is named.
     """
+    if format not in ("torch", "torch_dist"):
+        raise OptionError(f"format: 'torch' or 'torch_dist', got {format!r}")
+    if format == "torch_dist":
+        state = dist_state_of(model, optimizer, opt_param_scheduler, args, also, fully_reshardable)
+        return AsyncCheckpointer(root, layout="megatron-dist", **state, **options)
+    if fully_reshardable:
+        raise OptionError("fully_reshardable: only format 'torch_dist' has it")
     state = state_of(model, optimizer, opt_param_scheduler, args, also)
     return AsyncCheckpointer(root, layout="megatron", **state, **options)
 
@@ -76,7 +98,7 @@ def state_of(
     """What an AsyncCheckpointer is to be given for Megatron's objects; see `checkpointer` for these."""
     chunks = list(model) if isinstance(model, list | tuple) else [model]
     place = model_rank()
-    inner = [_innermost(chunk) for chunk in chunks]
+    inner = [innermost(chunk) for chunk in chunks]
     for_megatron = ({} if args is None else {"args": lambda: args}) | dict(also or {})
     return {
         "model": inner if len(inner) > 1 else inner[0],
@@ -112,13 +134,6 @@ def model_rank() -> ModelRank:
     )
 
 
-def _innermost(chunk: Any) -> Any:
-    """The model itself, without what Megatron wraps around it."""
-    while type(chunk).__name__ in ("DistributedDataParallel", "Float16Module") and hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
-
-
 class MegatronState:
     """All that is saved of a rank besides its model.
 
@@ -137,201 +152,25 @@ class MegatronState:
         self._sections: dict[str, Section] = {}
         self._optimizers: list[Any] = []
         if optimizer is not None:
-            each = _chained(optimizer)
-            self._optimizers = [_inner(one) for one in each]
-            sync = _Sync(chunks)
-            if all(type(one).__name__ in _PLAIN for one in each):
-                self._sections["optimizer"] = _Synced(StatefulSection(optimizer), sync)
+            each = chained(optimizer)
+            self._optimizers = [inner_of(one) for one in each]
+            sync = Sync(chunks)
+            if all(type(one).__name__ in PLAIN for one in each):
+                self._sections["optimizer"] = Synced(StatefulSection(optimizer), sync)
             else:
                 sharded = _Sharded(each, place)
-                self._sections["optimizer"] = _Synced(_Groups(optimizer, each), sync)
+                self._sections["optimizer"] = Synced(Groups(optimizer, each), sync)
                 self._sections[SHARED_BRANCH] = sharded
-        self._sections["rng"] = _Generators()
+        self._sections["rng"] = Generators()
         if scheduler is not None:
-            self._sections["lr_scheduler"] = _Scheduler(scheduler)
-        self._sections.update({name: _ForMegatron(value) for name, value in for_megatron.items()})
+            self._sections["lr_scheduler"] = Scheduler(scheduler)
+        self._sections.update({name: ForMegatron(value) for name, value in for_megatron.items()})
 
     def sections(self) -> Mapping[str, Section]:
         return self._sections
 
     def optimizers(self) -> list[Any]:
         return self._optimizers
-
-
-# ---------------------------------------------------------------------------- optimizers
-
-
-def _chained(optimizer: Any) -> list[Any]:
-    """The optimizers that one is made of, all of kinds that are known."""
-    each = list(getattr(optimizer, "chained_optimizers", [optimizer]))
-    for one in each:
-        _check_known(one)
-    names = {type(one).__name__ in _PLAIN for one in each}
-    if len(names) > 1 or type(optimizer).__name__ not in ("ChainedOptimizer", *_PLAIN, *_SHARDED):
-        kinds = ", ".join(type(one).__name__ for one in [optimizer, *each])
-        raise OptionError(f"optimizer: this combination is not known here: {kinds}")
-    return each
-
-
-def _check_known(optimizer: Any) -> None:
-    kind, config = type(optimizer).__name__, getattr(optimizer, "config", None)
-    inner = type(_inner(optimizer)).__name__
-    if kind not in (*_PLAIN, *_SHARDED):
-        raise OptionError(
-            f"optimizer: {kind} is not known here; there are: {', '.join((*_SHARDED, *_PLAIN))}"
-        )
-    if kind in _SHARDED and inner not in _ADAMS:
-        raise OptionError(f"optimizer: {kind} over {inner}; Megatron's file has room for Adam's state alone")
-    if getattr(config, "use_precision_aware_optimizer", False):
-        raise OptionError(
-            f"optimizer: {kind} with use_precision_aware_optimizer scales its state; not known here"
-        )
-    if getattr(getattr(optimizer, "ddp_config", None), "use_megatron_fsdp", False):
-        raise OptionError(f"optimizer: {kind} with use_megatron_fsdp has no legacy tree; use layout 'dcp'")
-
-
-def _inner(optimizer: Any) -> Any:
-    """The optimizer of torch inside."""
-    return optimizer.optimizer
-
-
-def _counts_in_groups(inner: Any) -> bool:
-    """Whether steps are counted there, as Apex and Transformer Engine do; torch does so in each state."""
-    return type(inner).__name__ == "FusedAdam"
-
-
-class _Sync:
-    """Makes parameters whole whose gathers wait for the next forward (overlap_param_gather)."""
-
-    def __init__(self, chunks: Sequence[Any]) -> None:
-        self._chunks = [
-            chunk
-            for chunk in chunks
-            if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False)
-        ]
-
-    def __call__(self) -> None:
-        for chunk in self._chunks:
-            chunk.start_param_sync(force_sync=True)
-
-
-class _Synced:
-    """A section before whose capture parameters are made whole."""
-
-    def __init__(self, section: Section, sync: _Sync) -> None:
-        self._section = section
-        self._sync = sync
-
-    def capture(self) -> Any:
-        self._sync()
-        return _with_own_scaler(self._section.capture())
-
-    def match(self, name: str, stored: Any, matching: Matching) -> None:
-        self._section.match(name, stored, matching)
-
-
-class _Groups:
-    """What a distributed optimizer has besides its parameters' state: groups, step, loss scale."""
-
-    def __init__(self, optimizer: Any, each: Sequence[Any]) -> None:
-        self._optimizer = optimizer
-        self._each = each
-
-    def capture(self) -> Any:
-        for one in self._each:
-            if not _inner(one).state and any(group["params"] for group in _inner(one).param_groups):
-                raise LeafError(
-                    "optimizer: it has made no step yet; Megatron's tree has no place for one without state"
-                )
-        return self._optimizer.state_dict()
-
-    def match(self, name: str, stored: Any, matching: Matching) -> None:
-        several = stored if isinstance(stored, list) else [stored]
-        if len(several) != len(self._each):
-            matching.differences.append(
-                f"{name}: {len(self._each)} optimizers here, {len(several)} in the checkpoint"
-            )
-            return
-        for index, (one, values) in enumerate(zip(self._each, several, strict=True)):
-            where = name if len(several) == 1 else f"{name}.{index}"
-            self._match_one(where, one, values, matching)
-
-    @staticmethod
-    def _match_one(name: str, optimizer: Any, stored: Any, matching: Matching) -> None:
-        inner, live = _inner(optimizer), _inner(optimizer).param_groups
-        groups = _at(_at(stored, "optimizer"), "param_groups")
-        if not isinstance(groups, list) or len(groups) != len(live):
-            count = len(groups) if isinstance(groups, list) else 0
-            matching.differences.append(f"{name}: {len(live)} groups here, {count} in the checkpoint")
-            return
-        if not all(isinstance(group, Mapping) for group in groups):
-            matching.differences.append(f"{name}: a group in the checkpoint is no group")
-            return
-        by_name = {_name_of(group): group for group in groups}
-        if len(by_name) == len(groups) and {*by_name} != {_name_of(group) for group in live}:
-            matching.differences.append(f"{name}: other groups in the checkpoint: {sorted(by_name, key=str)}")
-            return
-        if len(by_name) == len(groups):
-            groups = [by_name[_name_of(group)] for group in live]
-        for group, saved in zip(live, groups, strict=True):
-            counts = "step" in group or (group["params"] and not _counts_in_groups(inner))
-            if counts and not _is_count(saved.get("step")):
-                matching.differences.append(f"{name}: no step of group {_name_of(group)} in the checkpoint")
-                return
-        values = matching.fresh(name, groups)
-        scaler = matching.fresh(f"{name}.grad_scaler", _at(stored, "grad_scaler"))
-
-        def apply() -> None:
-            for group, saved in zip(live, values, strict=True):
-                group.update({key: value for key, value in saved.items() if key not in ("params", "step")})
-                if "step" in group:  # of Apex and Transformer Engine; torch's Adam has it in its state
-                    group["step"] = saved["step"]
-                for param in group["params"]:
-                    if "step" in inner.state.get(param, ()):
-                        inner.state[param]["step"].fill_(saved["step"])
-            if scaler is not None and getattr(optimizer, "grad_scaler", None) is not None:
-                optimizer.grad_scaler.load_state_dict(scaler)
-
-        matching.afterwards.append(_told(name, apply))
-
-
-def _at(value: Any, key: Any) -> Any:
-    """What a file has below a key; None where it has nothing, or something else than a dict."""
-    return value.get(key) if isinstance(value, Mapping) else None
-
-
-def _told(name: str, act: Callable[[], None]) -> Callable[[], None]:
-    """`act`, which says whose it is, should an object of Megatron not take what a file has."""
-
-    def told() -> None:
-        try:
-            act()
-        except Exception as error:
-            raise LoadError(
-                f"{name} does not take what the checkpoint has, {type(error).__name__}: {error}"
-            ) from error
-
-    return told
-
-
-def _is_count(value: Any) -> bool:
-    """Whether a number of steps, perhaps in a tensor; a file may have anything there."""
-    return isinstance(value, int | float) or (isinstance(value, StoredTensor) and value.shape in ((), (1,)))
-
-
-def _with_own_scaler(state: Any) -> Any:
-    """The state of optimizers; a loss scaler changes before the step that the fence holds."""
-    if isinstance(state, list):
-        return [_with_own_scaler(one) for one in state]
-    if "grad_scaler" not in state:
-        return state
-    scaler = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state["grad_scaler"].items()}
-    return {**state, "grad_scaler": scaler}
-
-
-def _name_of(group: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells a group from others; NeMo has another word for some of it."""
-    return tuple(group.get(key, group.get(f"pre_{key}")) for key in _GROUP_NAMES)
 
 
 # ---------------------------------------------------------------------------- what ranks have slices of
@@ -396,7 +235,7 @@ class _Sharded:
         ]
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, _Known(place.optimizer_path, tuple(own)))
-        self._mains: list[dict[Any, torch.Tensor]] = [{} for _ in each]
+        self._states = [ParameterStates(one) for one in each]
         self._closers = {ranks[0]: said[ranks[0]] for ranks in self._ranks}
         self._slices = [
             [_own_or_all(buffer.slices(ranks), ranks[0], rank) for buffer in buffers]
@@ -429,7 +268,7 @@ class _Sharded:
                 buffer.dtypes: {
                     **{
                         state: SlicedTensor(torch.float32, (buffer.elements,), slices, pieces.get(state, ()))
-                        for state in _STATES
+                        for state in STATES
                     },
                     "numel_unpadded": buffer.elements,
                 }
@@ -438,8 +277,8 @@ class _Sharded:
 
     def _pieces(self, index: int, number: int) -> Iterator[tuple[str, tuple[tuple[int, torch.Tensor], ...]]]:
         placed = sorted(self._placed(index, number), key=lambda one: one[0])
-        states = [(begin, self._states(index, param)) for begin, param in placed]
-        for state in _STATES:
+        states = [(begin, self._states[index].saved(param)) for begin, param in placed]
+        for state in STATES:
             yield state, tuple((begin, tensors[state]) for begin, tensors in states)
 
     def _placed(self, index: int, number: int) -> Iterator[tuple[int, torch.nn.Parameter]]:
@@ -449,31 +288,6 @@ class _Sharded:
             for begin, of_bucket in zip(begins, of_dtypes, strict=True):
                 for param, ranges in of_bucket["param_map"].items():
                     yield begin + ranges["gbuf_world_in_bucket"].start, param
-
-    def _main(self, index: int, param: torch.nn.Parameter) -> Any:
-        """The optimizer's own, flat part of a model's parameter."""
-        # Not by model_param_group_index_map, which is wrong where a group has parameters of two dtypes.
-        if param not in self._mains[index]:
-            one = self._each[index]
-            pairs = (
-                (one.model_float16_groups, one.shard_fp32_from_float16_groups),
-                (one.model_fp32_groups, one.shard_fp32_groups),
-            )
-            self._mains[index] = {
-                model: main
-                for models, mains in pairs
-                for of_group in zip(models, mains, strict=True)
-                for model, main in zip(*of_group, strict=True)
-            }
-        return self._mains[index][param]
-
-    def _states(self, index: int, param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-        main = self._main(index, param)
-        state = _inner(self._each[index]).state.get(main, {})
-        for key in _STATES[1:]:
-            if key not in state:
-                raise LeafError(f"optimizer: a parameter has no {key}; Megatron's tree has no place for that")
-        return {"param": main, **{key: state[key] for key in _STATES[1:]}}
 
     def match(self, _: str, stored: Any, matching: Matching) -> None:
         for index, ranks in enumerate(self._ranks):
@@ -485,50 +299,27 @@ class _Sharded:
             self._match_one(where, index, content, matching)
 
     def _match_one(self, name: str, index: int, content: Any, matching: Matching) -> None:
-        if _at(content, "buckets_coalesced") is not True:
+        if below(content, "buckets_coalesced") is not True:
             matching.differences.append(
                 f"{name}: not the state of a distributed optimizer, whole and in buckets"
             )
             return
         for number, buffer in enumerate(self._buffers[index]):
-            flat = _at(_at(content, number), buffer.dtypes)
-            elements = _at(flat, "numel_unpadded")
+            flat = below(below(content, number), buffer.dtypes)
+            elements = below(flat, "numel_unpadded")
             if elements != buffer.elements:
                 matching.differences.append(
                     f"{name}.{number}: {buffer.elements} elements of {buffer.dtypes[0]} here, "
                     f"{elements} in the checkpoint"
                 )
                 continue
-            wrong = [state for state in _STATES if not _is_flat(_at(flat, state), elements)]
+            wrong = [state for state in STATES if not _is_flat(below(flat, state), elements)]
             matching.differences += [
                 f"{name}.{number}: no {state} of {elements} float32 in the checkpoint" for state in wrong
             ]
             for begin, param in () if wrong else self._placed(index, number):
-                self._match_param(f"{name}.{number}", index, begin, param, flat, matching)
-
-    def _match_param(
-        self, name: str, index: int, begin: int, param: torch.nn.Parameter, flat: Any, matching: Matching
-    ) -> None:
-        main = self._main(index, param)
-        state = _inner(self._each[index]).state
-        if (
-            main.untyped_storage().data_ptr() != param.untyped_storage().data_ptr()
-        ):  # else the model's file has it
-            matching.into_slice(f"{name}.param", flat["param"], begin, main.detach())
-        values = {key: state.get(main, {}).get(key) for key in _STATES[1:]}
-        made = {key: torch.zeros_like(main.detach()) for key, value in values.items() if value is None}
-        for key, value in {**values, **made}.items():
-            matching.into_slice(f"{name}.{key}", flat[key], begin, value)
-        if made:  # as it is before Adam's first step, should nothing come of the load
-            state[main] = {**self._counter(index, main), **values, **made}
-
-    def _counter(self, index: int, main: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Where torch's Adam counts."""
-        inner = _inner(self._each[index])
-        if _counts_in_groups(inner):
-            return {}
-        on_device = inner.defaults.get("capturable") or inner.defaults.get("fused")
-        return {"step": torch.zeros((), device=main.device if on_device else "cpu")}
+                for key, live in self._states[index].to_load(param).items():
+                    matching.into_slice(f"{name}.{number}.{key}", flat[key], begin, live)
 
 
 def _own_or_all(slices: Int64Array, closer: int, rank: int) -> Int64Array:
@@ -544,73 +335,3 @@ def _is_flat(stored: Any, elements: int) -> bool:
 def _buffer_of(buffer: Any) -> _Buffer:
     buckets = tuple((int(b.grad_data.numel()), int(b.numel_unpadded)) for b in buffer.buckets)
     return _Buffer((buffer.param_dtype, buffer.grad_dtype), buckets)
-
-
-# ---------------------------------------------------------------------------- the rest
-
-
-class _Generators:
-    """Every generator that a step of Megatron draws from; of CUDA's, those of this rank's device."""
-
-    def capture(self) -> Any:
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        return {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(legacy=True),  # noqa: NPY002 -- the global one is what Megatron saves
-            "torch": torch.get_rng_state(),
-            "cuda": [torch.cuda.get_rng_state()],
-            "tracker": get_cuda_rng_tracker().get_states(),
-        }
-
-    def match(self, name: str, stored: Any, matching: Matching) -> None:
-        from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-        states = matching.fresh(name, stored)
-
-        def restore() -> None:
-            version, internal, gauss = states["python"]
-            random.setstate((version, tuple(internal), gauss))
-            np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
-            torch.set_rng_state(states["torch"])
-            torch.cuda.set_rng_state(states["cuda"][0])
-            get_cuda_rng_tracker().set_states(states["tracker"])
-
-        missing = [key for key in ("python", "numpy", "torch", "cuda", "tracker") if key not in states]
-        if missing:
-            matching.differences.append(f"{name}: no state of {', '.join(missing)} in the checkpoint")
-        matching.afterwards.append(_told(name, restore))
-
-
-class _Scheduler:
-    """OptimizerParamScheduler, whose load adds the steps in a checkpoint to those it has made."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
-
-    def capture(self) -> Any:
-        return self._scheduler.state_dict()
-
-    def match(self, name: str, stored: Any, matching: Matching) -> None:
-        values = matching.fresh(name, stored)
-
-        def apply() -> None:
-            self._scheduler.num_steps = 0
-            self._scheduler.load_state_dict(values)
-
-        matching.afterwards.append(_told(name, apply))
-
-
-class _ForMegatron:
-    """What is in the file for Megatron-LM's own load; nothing of ours reads it."""
-
-    write_only = True
-
-    def __init__(self, value: Callable[[], Any]) -> None:
-        self._value = value
-
-    def capture(self) -> Any:
-        return self._value()
-
-    def match(self, name: str, stored: Any, matching: Matching) -> None:
-        """Nothing: whoever trains has values of its own."""

@@ -11,11 +11,11 @@ from typing import Protocol
 
 from ..errors import OptionError
 from .dcp import DcpLayout
-from .megatron import MegatronLayout
+from .megatron import MegatronDistLayout, MegatronLayout
 from .place import NOTHING_THERE, Place, SizeOf
 from .rlinf import RlinfFsdpLayout, RlinfMegatronLayout
 
-__all__ = ["LAYOUTS", "DcpLayout", "Layout", "MegatronLayout", "Place", "layout_named"]
+__all__ = ["LAYOUTS", "DcpLayout", "Layout", "MegatronDistLayout", "MegatronLayout", "Place", "layout_named"]
 
 
 class Layout(Protocol):
@@ -69,7 +69,13 @@ class Layout(Protocol):
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
-    for layout in (DcpLayout(), MegatronLayout(), RlinfFsdpLayout(), RlinfMegatronLayout())
+    for layout in (
+        DcpLayout(),
+        MegatronLayout(),
+        MegatronDistLayout(),
+        RlinfFsdpLayout(),
+        RlinfMegatronLayout(),
+    )
 }
 
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import CorruptStepError, LoadError, StepError
+from .dcp import METADATA_PATH
 from .place import NOTHING_THERE, Place, SizeOf, directory_of
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -124,3 +125,38 @@ class MegatronLayout:
         if not parts and not any(name.startswith("mp_rank_") for name in names):
             return "no mp_rank_* directory"
         return None
+
+
+COMMON_PATH = "common.pt"
+CONFIG_PATH = "metadata.json"
+CONFIG = (  # as megatron/core/dist_checkpointing/core.py (save_config) writes it, byte for byte
+    b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
+    b'"common_backend": "torch", "common_backend_version": 1}'
+)
+
+
+@dataclass(frozen=True)
+class MegatronDistLayout(MegatronLayout):
+    """The same directories with the files of megatron-core's dist_checkpointing in them: `torch_dist`."""
+
+    name: str = "megatron-dist"
+
+    def place(self, step: int, part: str) -> Place:
+        directory = directory_of(part)
+        return Place(directory, directory, "megatron-dist", METADATA_PATH)
+
+    def foreign_problem(
+        self,
+        step: int,
+        names: Collection[str],
+        tracked: int | None,
+        size_of: SizeOf = NOTHING_THERE,
+        parts: Collection[str] = (),
+    ) -> str | None:
+        if tracked is None or step > tracked:
+            return super().foreign_problem(step, names, tracked)
+        files = (CONFIG_PATH, METADATA_PATH, COMMON_PATH)
+        missing = [f"{part}/{name}" for part in parts for name in files if not size_of(f"{part}/{name}")]
+        if not parts:
+            missing = [name for name in files if name not in names]
+        return f"no {', '.join(missing)}: not a whole checkpoint of format torch_dist" if missing else None

@@ -13,8 +13,16 @@ from ..plan import Planner
 from .dcp import Arrangement, DcpPlanner
 from .driver import DriverPlanner
 from .megatron import MegatronPlanner
+from .megatron_dist import MegatronDistPlanner
 
-__all__ = ["Arrangement", "DcpPlanner", "DriverPlanner", "MegatronPlanner", "planner_for"]
+__all__ = [
+    "Arrangement",
+    "DcpPlanner",
+    "DriverPlanner",
+    "MegatronDistPlanner",
+    "MegatronPlanner",
+    "planner_for",
+]
 
 _RLINF = Arrangement(DCP_DIRECTORY, rlinf_tree.shared_tree, rlinf_tree.stored_path, WEIGHTS_PATH)
 
@@ -40,4 +48,6 @@ def planner_for(
         if world_size > 1:
             raise OptionError(f"a driver is one process, here are {world_size}")
         return DriverPlanner()
+    if form == "megatron-dist":
+        return MegatronDistPlanner(rank, world_size)
     return DcpPlanner(rank, world_size, _RLINF if form == "rlinf-dcp" else None)

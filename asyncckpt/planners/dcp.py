@@ -32,6 +32,7 @@ from ..plan import (
     number_storages,
     planned_with,
     refuse_unreachable,
+    refuse_unstorable,
     slot_nbytes,
     span_nbytes,
 )
@@ -110,7 +111,8 @@ class DcpPlanner(PlanCache):
         unique: list[torch.Tensor] = []
         for leaf in leaves:
             if isinstance(leaf.value, torch.Tensor) and leaf.value.layout == torch.strided:
-                _check_storable(leaf)
+                refuse_unstorable(leaf.name, leaf.value)
+                refuse_unreachable(leaf)
                 tensor, local = leaf.value, local_of(leaf.value)
                 form = (
                     tensor.dtype, tensor.shape, local.shape, local.stride(), _placement(tensor),
@@ -374,15 +376,6 @@ def _groups(
 def _names_parameters(leaf: Leaf) -> bool:
     """Whether it is the list of what a group of an optimizer steps."""
     return leaf.path[0] == "optimizer" and leaf.path[-1] == "params"
-
-
-def _check_storable(leaf: Leaf) -> None:
-    """Whether the leaf's memory is its value."""
-    local = local_of(leaf.value)
-    if type(local) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        kind = type(local).__name__
-        raise LeafError(f"{leaf.name}: tensors of type {kind} cannot be saved in this layout")
-    refuse_unreachable(leaf)
 
 
 def _refuse_sharded(leaf: Leaf) -> None:

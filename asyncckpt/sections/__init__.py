@@ -46,7 +46,7 @@ class BringsSections(Protocol):
     """Something that knows itself how it is saved."""
 
     def sections(self) -> Mapping[str, Section]:
-        """Its branches of the tree."""
+        """Its branches of the tree; one called "model" takes the place of those of all models."""
 
     def optimizers(self) -> list[Any]:
         """The optimizers of torch whose steps change it."""
