@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import types
 from argparse import Namespace
@@ -13,12 +15,15 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from asyncckpt import _native
+from asyncckpt.errors import CheckpointError, OptionError
 from asyncckpt.integrations import megatron_lm
 from tests.megatron_ranks import Job, Layout, megatron, stock_load_checkpoint, stock_save_checkpoint
 from tests.process_world import Talk, World, process_world
 
 RANKS = 4
 LAYOUT = Layout(tensor=2)
+faults = _native.faults
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +45,7 @@ def megatron_training(job: Job, settings: Namespace) -> Iterator[types.ModuleTyp
         checkpointing_context: Any = None,
         non_persistent_ckpt: bool = False,
         release: bool = False,
+        train_data_iterator: Any = None,
     ) -> None:
         stock_save_checkpoint(job, Path(settings.save))
 
@@ -161,6 +167,7 @@ def leave_to_stock(talk: Talk, rank: int, root: Path) -> bool:
         for more, kwargs in (
             ({"ckpt_format": "fsdp_dtensor"}, {}),
             ({"no_save_optim": True}, {}),
+            ({"dataloader_save": "elsewhere"}, {"train_data_iterator": None}),
             ({}, {"non_persistent_ckpt": True}),
             ({}, {"checkpointing_context": {}, "release": True}),
         ):
@@ -176,6 +183,118 @@ def leave_to_stock(talk: Talk, rank: int, root: Path) -> bool:
 
 def test_what_is_not_ours_goes_to_megatron(world: World, tmp_path: Path) -> None:
     assert world.run(2, leave_to_stock, tmp_path) == [True, True]
+
+
+def install_twice(talk: Talk, rank: int, root: Path) -> None:
+    with megatron(LAYOUT):
+        job = Job(LAYOUT)
+        with megatron_training(job, settings_of(job, root)) as training:
+            stock = training.save_checkpoint
+            sys.modules["blocked"] = None  # type: ignore[assignment]  # how python marks what must not be imported
+            installed = megatron_lm.install(**OPTIONS)
+            with pytest.raises(OptionError, match="called already"):
+                megatron_lm.install()
+            installed.uninstall()
+            assert training.save_checkpoint is stock
+            megatron_lm.install(**OPTIONS).uninstall()
+            del sys.modules["blocked"]
+
+
+def test_a_second_install_is_refused(world: World, tmp_path: Path) -> None:
+    world.run(2, install_twice, tmp_path)
+
+
+def one_directory_in_two_spellings(talk: Talk, rank: int, root: Path) -> list[Any]:
+    """Saves into a relative path what it loads from an absolute one; the last save comes after the drain."""
+    with megatron(LAYOUT):
+        job = Job(LAYOUT)
+        os.chdir(root)
+        found: list[Any] = []
+        load: Path | None
+        for load, first in ((None, 0), (root / "none", 0), (root / "ckpt", 2), (root / "ckpt", 5)):
+            settings = settings_of(job, Path("ckpt"))
+            settings.load = load and str(load)
+            with megatron_training(job, settings) as training:
+                installed = megatron_lm.install(**OPTIONS)
+                if load is None or load.name == "none":
+                    training.__dict__["load_checkpoint"].__self__._stock_load = lambda *a, **k: (0, 0)
+                found.append(training.load_checkpoint(job.chunks, job.optimizer, job.scheduler, strict=True))
+                job.train_step(first)
+                if load is not None:
+                    given = (job.chunks, job.optimizer, job.scheduler, first)
+                    training.save_checkpoint(first + 2, *given, {}, train_data_iterator=None)
+                    training.maybe_finalize_async_save(blocking=True, terminate=True)
+                    training.save_checkpoint(first + 3, *given, {})
+                    training.maybe_finalize_async_save(blocking=True, terminate=True)
+                assert not installed._checkpointers
+                installed.uninstall()
+            dist.barrier()
+        return found
+
+
+def test_one_directory_may_be_spelled_in_two_ways(world: World, tmp_path: Path) -> None:
+    found = world.run(2, one_directory_in_two_spellings, tmp_path)
+    assert found == [[(0, 0), (0, 0), (3, 0), (5, 2)]] * 2
+    assert (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").read_text() == "8"
+
+
+def save_that_fails(talk: Talk, rank: int, root: Path, where: str) -> list[str]:
+    """What is heard, and where, of a save whose disk is full on rank 1."""
+    with megatron(LAYOUT):
+        job = Job(LAYOUT)
+        job.train_step(0)
+        said = []
+        with megatron_training(job, settings_of(job, root)) as training:
+            stock = training.save_checkpoint
+            installed = megatron_lm.install(**OPTIONS)
+            given = (job.chunks, job.optimizer, job.scheduler, 1)
+            training.save_checkpoint(1, *given)
+            installed._checkpointers[root].wait()
+            if rank == 1:
+                faults.arm(faults.Op.pwrite, 0, faults.Kind.error, errno.ENOSPC)
+            training.save_checkpoint(2, *given)
+            try:
+                if where == "later save":
+                    for step in (3, 4, 5):
+                        training.save_checkpoint(step, *given)
+                elif where == "end":
+                    training.maybe_finalize_async_save(blocking=True, terminate=True)
+                else:
+                    installed.uninstall()
+            except CheckpointError as error:
+                said.append(str(error))
+            faults.disarm()
+            installed.uninstall()
+            assert training.save_checkpoint is stock
+            assert not installed._checkpointers
+        return said
+
+
+@pytest.mark.parametrize("where", ["later save", "end", "uninstall"])
+def test_training_hears_of_a_save_that_failed(world: World, tmp_path: Path, where: str) -> None:
+    for said in world.run(2, save_that_fails, tmp_path, where):
+        assert len(said) == 1
+        assert "No space left" in said[0] or "ENOSPC" in said[0]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() in ("1", "3")
+
+
+def load_unreadable(talk: Talk, rank: int, root: Path) -> str:
+    with megatron(LAYOUT):
+        job = Job(LAYOUT)
+        (root / "file").touch()
+        with megatron_training(job, settings_of(job, root / "file")) as training:
+            installed = megatron_lm.install(**OPTIONS)
+            try:
+                training.load_checkpoint(job.chunks, job.optimizer, job.scheduler)
+            except CheckpointError as error:
+                return str(error)
+            finally:
+                installed.uninstall()
+    return ""
+
+
+def test_a_directory_that_cannot_be_read_is_said_by_all(world: World, tmp_path: Path) -> None:
+    assert all("cannot be listed" in said for said in world.run(2, load_unreadable, tmp_path))
 
 
 def test_without_megatron_lm_it_says_so() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..checkpointer import AsyncCheckpointer
+from ..errors import CheckpointError, OptionError, RootError
 from ..layouts import layout_named
 from ..steps import RootView
 from .megatron import checkpointer
@@ -35,13 +36,15 @@ def install(**options: Any) -> Installation:
     Saves of `--ckpt-format torch` return at once and are committed in the background; what fails surfaces at
     a later save, or at the end. Loads take the newest step that is whole on all ranks. What this engine does
     not do goes to Megatron-LM's own code, unchanged: other formats, local and non-persistent checkpoints,
-    --finetune, parts left out by --no-save-* or --no-load-*, and trees that Megatron-LM wrote itself.
+    --finetune, --dataloader-save, parts left out by --no-save-* or --no-load-*, and trees that Megatron-LM wrote
+    itself.
 
     Args:
         options: of AsyncCheckpointer.
 
     Raises:
         ImportError: there is no Megatron-LM (the package megatron-core alone has no training loop).
+        OptionError: it is installed already; uninstall() that first.
     """
     return Installation(options)
 
@@ -52,6 +55,8 @@ class Installation:
     def __init__(self, options: dict[str, Any]) -> None:
         from megatron.training import checkpointing
 
+        if isinstance(getattr(checkpointing.save_checkpoint, "__self__", None), Installation):
+            raise OptionError("megatron_lm.install() was called already: uninstall() that first")
         self._stock = checkpointing
         self._options = options
         self._checkpointers: dict[Path, AsyncCheckpointer] = {}
@@ -72,17 +77,23 @@ class Installation:
             self._replaced.clear()
 
     def close(self) -> None:
-        """Wait until every save is durable; raises what failed."""
+        """Wait until every save is durable; raises what failed, once all are closed."""
+        failed: Exception | None = None
         while self._checkpointers:
             _, one = self._checkpointers.popitem()
-            one.close()
+            try:
+                one.close()
+            except Exception as error:  # noqa: BLE001 -- it is raised below
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def _replace(self, name: str, ours: Callable[..., Any]) -> Any:
         """Everywhere it was imported to; the stock function."""
         owner = "async_utils" if name == "maybe_finalize_async_save" else "checkpointing"
         stock = getattr(sys.modules.get(f"megatron.training.{owner}"), name, None)
-        for module in list(sys.modules.values()):
-            if stock is not None and vars(module).get(name) is stock:
+        for module in list(sys.modules.values()):  # some are None, or no modules
+            if stock is not None and getattr(module, "__dict__", {}).get(name) is stock:
                 self._replaced.append((module, name, stock))
                 setattr(module, name, ours)
         return stock
@@ -100,7 +111,7 @@ class Installation:
         **kwargs: Any,
     ) -> Any:
         settings = self._stock.get_args()
-        why = self._not_ours(settings, ("no_save_optim", "no_save_rng"))
+        why = self._not_ours(settings, ("no_save_optim", "no_save_rng", "dataloader_save"))
         given = (iteration, model, optimizer, opt_param_scheduler, num_floating_point_operations_so_far)
         asked = inspect.signature(self._stock_save).bind(*given, *args, **kwargs).arguments
         if asked.get("non_persistent_ckpt") or asked.get("release"):
@@ -127,7 +138,9 @@ class Installation:
         why = self._not_ours(
             settings, ("finetune", "no_load_optim", "no_load_rng", "override_ckpt_iteration")
         )
-        if not why and not (root and self._wrote(Path(root), settings)):
+        if not why and not root:
+            why = f"no --{load_arg}"
+        elif not why and not self._wrote(Path(root), settings):
             why = f"{root} has no step of asyncckpt"
         if why:
             self._say(f"loaded by Megatron-LM itself: {why}")
@@ -149,11 +162,11 @@ class Installation:
         return resume.step, counted.get(_OPERATIONS, 0)
 
     def _finalize(self, blocking: bool = False, terminate: bool = False) -> Any:
-        if blocking:
-            for one in self._checkpointers.values():
-                one.wait()
         if terminate:
             self.close()
+        elif blocking:
+            for one in self._checkpointers.values():
+                one.wait()
         return self._stock_finalize(blocking=blocking, terminate=terminate) if self._stock_finalize else None
 
     # -- whose it is
@@ -169,19 +182,26 @@ class Installation:
     @staticmethod
     def _wrote(root: Path, settings: Any) -> bool:
         """Whether the step to load is one that this engine wrote; rank 0 looks, for all."""
-        said = [False]
+        said: list[Any] = [False, ""]
         if dist.get_rank() == 0:
-            view = RootView(root, layout_named("megatron"))
             step = getattr(settings, "ckpt_step", None)
-            entries = [e for e in view.candidates() if step is None or e.step == step]
-            said = [bool(entries) and not entries[0].foreign]
+            try:
+                found = RootView(root, layout_named("megatron")).candidates()
+            except CheckpointError as error:
+                said = [False, str(error)]
+            else:
+                entries = [entry for entry in found if step is None or entry.step == step]
+                said = [bool(entries) and not entries[0].foreign, ""]
         dist.broadcast_object_list(said, src=0)
-        return said[0]
+        if said[1]:
+            raise RootError(said[1])
+        return bool(said[0])
 
     def _over(
         self, root: Path, model: Any, optimizer: Any, scheduler: Any, settings: Any, read_only: bool = False
     ) -> AsyncCheckpointer:
         """The checkpointer of a root; made at its first use, by all ranks together."""
+        root = root.absolute()  # --save and --load may spell one directory in two ways
         if root not in self._checkpointers:
             self._checkpointers[root] = checkpointer(
                 root,

@@ -142,6 +142,7 @@ class DcpPlanner(PlanCache):
             tuple((leaf.path, tuple(s.nbytes() for s in pickled.storages)) for leaf, pickled in shared),
             tuple(crc for leaf, crc in zip(others, crcs, strict=False) if _names_parameters(leaf)),
             tuple(tuple(s.nbytes() for s in pickled.storages) for _, pickled in written),
+            self._in_weights(shared),
         )
         served = self._serve(signature, [pickled for _, pickled in written])
         if served is None:
@@ -259,6 +260,12 @@ class DcpPlanner(PlanCache):
         )  # fmt: skip
         return plan, sources
 
+    def _in_weights(self, shared: Sequence[tuple[Leaf, Pickled]]) -> tuple[bytes, ...]:
+        """What the file of weights has besides tensors; it is laid out with these values in it."""
+        if self._arrangement is None:
+            return ()
+        return tuple(pickled.data for leaf, pickled in shared if leaf.path[0] == "model")
+
     def _lay_out_weights(self, tree: Mapping[str, Any], first_source: int) -> SharedPlan | None:
         if self._arrangement is None or "model" not in tree:
             return None
@@ -268,7 +275,7 @@ class DcpPlanner(PlanCache):
         if not self._said_no_weights:
             self._said_no_weights = True
             _log.warning(
-                "%s is not written: what ranks have of model.%s are no runs of it in memory",
+                "%s is not written: model.%s is not made of runs of memory, one per rank",
                 self._arrangement.weights,
                 file,
             )

@@ -15,20 +15,25 @@ import torch
 from ..formats.image import Int64Array
 from ..shards import is_sharded, local_of
 from ..shared import SharedFile, SlicedTensor
+from ..tree import tensors_in
 
 _CLOSER = 0
 
 
 def weights_file(path: str, weights: Mapping[str, Any], rank: int) -> SharedFile | str:
-    """The file; or the name of a tensor of which some rank's part is no run of it."""
+    """The file; or the name of a value that it cannot have: a tensor of which some rank's part is no run of
+    its memory, or a python value with tensors in it."""
     content: dict[str, Any] = {}
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor):
+            if any(True for _ in tensors_in(value)):
+                return name
             content[name] = value
             continue
         slices = _slices(value)
         local = local_of(value)
-        if slices is None or value.layout != torch.strided or not local.is_contiguous():
+        is_run = local.layout == torch.strided and local.is_contiguous()
+        if slices is None or not is_run or local.is_conj() or local.is_neg():
             return name
         own = slices[slices[:, 2] == rank]
         pieces = ((int(own[0, 0]), local.detach().view(-1)),) if len(own) else ()
