@@ -95,10 +95,10 @@ def settings_of(job: Job, save: Path, load: Path | None = None, **more: Any) -> 
 OPTIONS = {"host_memory": 8 << 20, "rank_timeout_s": 30, "fence_timeout_s": 60}
 
 
-def train_and_resume(talk: Talk, rank: int, root: Path) -> list[Any]:
+def train_and_resume(talk: Talk, rank: int, root: Path, ckpt_format: str) -> list[Any]:
     with megatron(LAYOUT):
         job = Job(LAYOUT)
-        settings = settings_of(job, root)
+        settings = settings_of(job, root, ckpt_format=ckpt_format)
         found: list[Any] = []
         with megatron_training(job, settings) as training:
             stock = training.save_checkpoint
@@ -114,8 +114,7 @@ def train_and_resume(talk: Talk, rank: int, root: Path) -> list[Any]:
             assert training.save_checkpoint is stock
 
         fresh = Job(LAYOUT, seed=2)
-        settings = settings_of(fresh, root, consumed_train_samples=0)
-        settings.consumed_train_samples = 0
+        settings = settings_of(fresh, root, consumed_train_samples=0, ckpt_format=ckpt_format)
         with megatron_training(fresh, settings) as training:
             installed = megatron_lm.install(**OPTIONS)
             found.append(training.load_checkpoint(fresh.chunks, fresh.optimizer, fresh.scheduler))
@@ -126,8 +125,9 @@ def train_and_resume(talk: Talk, rank: int, root: Path) -> list[Any]:
         return found
 
 
-def test_the_loop_saves_and_resumes_bit_for_bit(world: World, tmp_path: Path) -> None:
-    for found in world.run(RANKS, train_and_resume, tmp_path):
+@pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
+def test_the_loop_saves_and_resumes_bit_for_bit(world: World, tmp_path: Path, ckpt_format: str) -> None:
+    for found in world.run(RANKS, train_and_resume, tmp_path, ckpt_format):
         assert found == [
             (0, 0), (True, True), (2, 12345), 40, 3.0, {"consumed_samples": 40, "verbose": True},
         ]  # fmt: skip

@@ -2,7 +2,7 @@
 
     from asyncckpt.integrations import megatron_lm
     megatron_lm.install(keep_last=3)
-    pretrain(...)                      # as ever, with --ckpt-format torch
+    pretrain(...)                      # as ever, with --ckpt-format torch or torch_dist
 
 Source: megatron/training/checkpointing.py and training.py of Megatron-LM (main of 2026-08).
 """
@@ -27,17 +27,18 @@ from .megatron import checkpointer
 _log = logging.getLogger(__name__)
 
 _SAMPLES = ("consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+_LAYOUTS = {"torch": "megatron", "torch_dist": "megatron-dist"}  # by --ckpt-format
 _OPERATIONS = "num_floating_point_operations_so_far"
 
 
 def install(**options: Any) -> Installation:
     """Put this engine behind Megatron-LM's save_checkpoint and load_checkpoint. Call it before pretrain().
 
-    Saves of `--ckpt-format torch` return at once and are committed in the background; what fails surfaces at
-    a later save, or at the end. Loads take the newest step that is whole on all ranks. What this engine does
-    not do goes to Megatron-LM's own code, unchanged: other formats, local and non-persistent checkpoints,
-    --finetune, --dataloader-save, parts left out by --no-save-* or --no-load-*, and trees that Megatron-LM wrote
-    itself.
+    Saves of `--ckpt-format torch` and `torch_dist` return at once and are committed in the background; what
+    fails surfaces at a later save, or at the end. Loads take the newest step that is whole on all ranks. What
+    this engine does not do goes to Megatron-LM's own code, unchanged: other formats, local and non-persistent
+    checkpoints, --finetune, --dataloader-save, parts left out by --no-save-* or --no-load-*, and trees that
+    Megatron-LM wrote itself.
 
     Args:
         options: of AsyncCheckpointer.
@@ -140,7 +141,7 @@ class Installation:
         )
         if not why and not root:
             why = f"no --{load_arg}"
-        elif not why and not self._wrote(Path(root), settings):
+        elif not why and not self._wrote(Path(str(root)), settings):
             why = f"{root} has no step of asyncckpt"
         if why:
             self._say(f"loaded by Megatron-LM itself: {why}")
@@ -174,7 +175,7 @@ class Installation:
     @staticmethod
     def _not_ours(settings: Any, flags: tuple[str, ...]) -> str:
         """Why this engine has no part in it; empty if it has."""
-        if getattr(settings, "ckpt_format", "torch") != "torch":
+        if _format_of(settings) not in _LAYOUTS:
             return f"--ckpt-format {settings.ckpt_format}"
         set_flags = [name for name in flags if getattr(settings, name, None)]
         return f"--{set_flags[0].replace('_', '-')}" if set_flags else ""
@@ -186,7 +187,7 @@ class Installation:
         if dist.get_rank() == 0:
             step = getattr(settings, "ckpt_step", None)
             try:
-                found = RootView(root, layout_named("megatron")).candidates()
+                found = RootView(root, layout_named(_LAYOUTS[_format_of(settings)])).candidates()
             except CheckpointError as error:
                 said = [False, str(error)]
             else:
@@ -210,6 +211,7 @@ class Installation:
                 opt_param_scheduler=scheduler,
                 args=settings,
                 also={_OPERATIONS: lambda: self._operations},
+                format=_format_of(settings),
                 read_only=read_only,
                 **self._options,
             )
@@ -219,3 +221,7 @@ class Installation:
         if what not in self._said:
             self._said.add(what)
             _log.warning("%s", what)
+
+
+def _format_of(settings: Any) -> str:
+    return str(getattr(settings, "ckpt_format", None) or "torch")
