@@ -36,8 +36,8 @@ def install(**options: Any) -> Installation:
     Saves of `--ckpt-format torch` return at once and are committed in the background; what fails surfaces at
     a later save, or at the end. Loads take the newest step that is whole on all ranks. What this engine does
     not do goes to Megatron-LM's own code, unchanged: other formats, local and non-persistent checkpoints,
-    --finetune, --dataloader-save, parts left out by --no-save-* or --no-load-*, and trees that Megatron-LM wrote
-    itself.
+    --finetune, --dataloader-save, parts left out by --no-save-* or --no-load-*, and trees that Megatron-LM
+    wrote itself.
 
     Args:
         options: of AsyncCheckpointer.
