@@ -1,8 +1,9 @@
 """Megatron-core's `torch_dist` format: sharded state dicts as boxes, written and read without a collective.
 
-The model's boxes are those of its own `sharded_state_dict`, and load at any parallelism; what an optimizer
-has is in `megatron_optimizer`, what both are made of in `megatron_sharded`. Generators are there twice: a
-rank's own, and, for Megatron-LM, one rank's for each data-parallel group.
+The model's boxes are those of its own `sharded_state_dict`, and load at any parallelism; parameters that all
+ranks of a data-parallel group have, they write in equal shares. What an optimizer has is in
+`megatron_optimizer`, what both are made of in `megatron_sharded`. Generators are there twice: a rank's own, and,
+for Megatron-LM, one rank's for each data-parallel group.
 
 Sources: megatron/core/dist_checkpointing (serialization.py, strategies/torch.py) of 0.16.1, Megatron-LM's
 megatron/training/checkpointing.py (generate_state_dict, get_rng_state, _build_sharded_state_dict_metadata).
@@ -12,14 +13,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..errors import OptionError
 from ..layouts.megatron_tree import CONTENT_KEY, pack_rng, unpack_rng
 from ..sections import Section
-from ..shards import Boxed
+from ..shards import Block, Boxed, Holders, boxes, shares
 from ..tree import Keyed, Matching
 from .megatron_optimizer import BY_BUCKET, BY_PARAMETER, ShardedOptimizer
 from .megatron_sections import (
@@ -28,6 +32,7 @@ from .megatron_sections import (
     Generators,
     Scheduler,
     Sync,
+    below,
     chained,
     inner_of,
     innermost,
@@ -130,26 +135,30 @@ class _Model:
 
         self._sync()
         branch: dict[str, Boxed | Keyed] = {}
-        for _, _, name, sharded in self._sharded():
-            if not is_main_replica(sharded.replica_id):
-                continue
-            if isinstance(sharded, ShardedTensor):
-                branch[name] = boxed(name, sharded)
-            else:
-                branch[name] = Keyed(sharded.unique_key, owned(sharded.data))
+        replicated: dict[str, tuple[Boxed, Holders]] = {}
+        for _, _, value, name, sharded in self._sharded():
+            holders = _holders(value.data, sharded) if isinstance(sharded, ShardedTensor) else None
+            if holders is not None:
+                replicated[name] = boxed(name, sharded), holders
+            elif is_main_replica(sharded.replica_id):
+                if isinstance(sharded, ShardedTensor):
+                    branch[name] = boxed(name, sharded)
+                else:
+                    branch[name] = Keyed(sharded.unique_key, owned(sharded.data))
+        branch.update(_own_shares(replicated))
         return branch
 
     def parameters(self) -> dict[torch.Tensor, tuple[str, Any]]:
         """What the sharded state dicts say of each parameter, and under which name."""
-        return {value.data: (where, value) for _, _, where, value in self._values() if hasattr(value, "data")}
+        return {value.data: (where, value) for _, _, value, where in self._values() if hasattr(value, "data")}
 
-    def _sharded(self) -> Iterator[tuple[Any, str, str, Any]]:
-        """Chunk, name in it, name here, and the ShardedTensor or ShardedObject."""
-        for chunk, name, where, value in self._values():
+    def _sharded(self) -> Iterator[tuple[Any, str, Any, str, Any]]:
+        """Chunk, name in it, its value there, name here, and the ShardedTensor or ShardedObject."""
+        for chunk, name, value, where in self._values():
             for path, sharded in leaves_of(where, value):
-                yield chunk, name, path, sharded
+                yield chunk, name, value, path, sharded
 
-    def _values(self) -> Iterator[tuple[Any, str, str, Any]]:
+    def _values(self) -> Iterator[tuple[Any, str, Any, str]]:
         """The same, before factories have made of a tensor what they do."""
         from megatron.core import parallel_state
 
@@ -159,14 +168,14 @@ class _Model:
             for name, value in chunk.sharded_state_dict(
                 metadata={**self._content, "dp_cp_group": group}
             ).items():
-                yield chunk, name, f"{prefix}{name}", value
+                yield chunk, name, value, f"{prefix}{name}"
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
         objects: dict[Any, dict[str, Any]] = {}
         met: dict[str, int] = {}
-        for chunk, own, where, sharded in self._sharded():
+        for chunk, own, _, where, sharded in self._sharded():
             is_tensor = isinstance(sharded, ShardedTensor)
             key = sharded.key if is_tensor else sharded.unique_key
             if key not in stored:
@@ -190,6 +199,45 @@ class _Model:
                     chunk.load_state_dict(state, strict=False)
 
         matching.afterwards.append(told(name, apply))
+
+
+def _holders(param: Any, sharded: Any) -> Holders | None:
+    """The data-parallel group whose ranks all have this box, so that each may write a share; None of what
+    training does not keep equal there (buffers), and of replicas of another kind."""
+    from megatron.core import parallel_state
+
+    if not isinstance(param, torch.nn.Parameter) or len(sharded.replica_id) != 3:
+        return None
+    if getattr(param, "allreduce", True):
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    else:  # an expert's
+        group = parallel_state.get_expert_data_parallel_group()
+    of_pipeline, of_tensor, of_data = sharded.replica_id
+    if (of_pipeline, of_tensor) != (0, 0) or of_data != group.rank():
+        return None
+    return Holders.of(sorted(dist.get_process_group_ranks(group)))
+
+
+def _own_shares(replicated: Mapping[str, tuple[Boxed, Holders]]) -> Iterator[tuple[str, Boxed]]:
+    """Of boxes that several ranks have, what this one writes: about as many bytes as each of the others."""
+    table = [
+        (Block(box.whole, box.offsets, tuple(box.tensor.shape), holders), box.tensor.element_size(),
+         box.tensor.is_contiguous())
+        for box, holders in replicated.values()
+    ]  # fmt: skip
+    mine = shares(table, dist.get_rank())
+    for (name, (box, _)), runs in zip(replicated.items(), mine, strict=True):
+        for begin, end in runs:
+            if (begin, end) == (0, box.tensor.numel()):
+                yield name, box
+                continue
+            for piece in boxes(tuple(box.tensor.shape), begin, end):
+                memory = box.tensor.view(-1)[piece.begin : piece.begin + prod(piece.shape)]
+                offsets = tuple(a + b for a, b in zip(box.offsets, piece.offsets, strict=True))
+                yield (
+                    f"{name}{list(piece.offsets)}",
+                    replace(box, tensor=memory.view(piece.shape), offsets=offsets),
+                )
 
 
 # ---------------------------------------------------------------------------- the rest
@@ -243,9 +291,9 @@ class _OwnGenerators(Generators):
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
         key = rng_key()
-        if stored.get("place") == key:
+        if below(stored, "place") == key:
             super().match(name, stored, matching)
-        elif key in stored:
+        elif below(stored, key) is not None:
             super().match(name, unpack_rng(only(stored[key])), matching)
         else:
             _log.warning("%s: left as it is, since another tensor or pipeline parallelism saved it", name)
