@@ -32,7 +32,7 @@ from .formats import distcp, torch_zip
 from .formats.manifest import FileEntry, check_path
 from .formats.pickles import SparseRef, TensorRef, find_inert
 from .formats.refs import span_elements
-from .layouts.megatron import COMMON_PATH, CONFIG_PATH, ModelRank
+from .layouts.megatron import COMMON_ITEM, COMMON_PATH, CONFIG_PATH, ModelRank
 from .layouts.megatron_tree import from_megatron, from_megatron_dist
 from .layouts.place import Place
 from .layouts.rlinf import DATA_NAME
@@ -310,9 +310,11 @@ def _read_megatron_dist(files: StepFiles, place: Place, trusted: bool) -> dict[s
         ) from None
     if backend != ("torch_dist", 1):
         raise LoadError(f"{files.path(config_path)} names {backend}; only ('torch_dist', 1) is read here")
-    common = read_zip(files, place.path(COMMON_PATH), trusted=trusted)
     items, _ = _read_items(files, place.path(place.metadata), trusted)
-    return from_megatron_dist(common, items)
+    newer = items.pop(COMMON_ITEM, None)
+    if isinstance(newer, list) and len(newer) == 1 and isinstance(newer[0], Mapping):
+        return from_megatron_dist(newer[0], items)
+    return from_megatron_dist(read_zip(files, place.path(COMMON_PATH), trusted=trusted), items)
 
 
 def _some(names: set[str]) -> str:

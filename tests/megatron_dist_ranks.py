@@ -72,9 +72,14 @@ def sharded_state(
     return state
 
 
-def stock_save(job: Job, root: Path, *, fully_reshardable: bool = False) -> Path:
-    """The tree that Megatron-LM's `save_checkpoint` leaves; on all ranks."""
+def stock_save(job: Job, root: Path, *, fully_reshardable: bool = False, newer: bool = False) -> Path:
+    """The tree that Megatron-LM's `save_checkpoint` leaves; on all ranks.
+
+    Args:
+        newer: as megatron-core 0.19, which has an item where older ones have common.pt.
+    """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     job.sync()
@@ -82,10 +87,16 @@ def stock_save(job: Job, root: Path, *, fully_reshardable: bool = False) -> Path
     directory.mkdir(parents=True, exist_ok=True)
     described = content(fully_reshardable)
     state = sharded_state(job, described)
+    if newer:
+        common = {name: state.pop(name) for name in ("args", "checkpoint_version", "iteration")}
+        common |= {"opt_param_scheduler": state.pop("opt_param_scheduler"), "content_metadata": described}
+        state["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=dist.get_rank())
     # Where a save is not asynchronous, results stay in this process: no need to spawn a manager for them.
     with patch.object(filesystem_async, "_results_queue", SimpleQueue()):
         dist_checkpointing.save(state, str(directory), content_metadata=described)
     if dist.get_rank() == 0:
+        if newer:
+            (directory / "common.pt").unlink()
         (root / TRACKER).write_text(str(job.iteration))
     dist.barrier()
     return directory

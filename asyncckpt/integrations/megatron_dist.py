@@ -1,9 +1,9 @@
 """Megatron-core's `torch_dist` format: sharded state dicts as boxes, written and read without a collective.
 
 The model's boxes are those of its own `sharded_state_dict`, and load at any parallelism; parameters that all
-ranks of a data-parallel group have, they write in equal shares. What an optimizer
-has is in `megatron_optimizer`, what both are made of in `megatron_sharded`. Generators are there twice: a
-rank's own, and, for Megatron-LM, one rank's for each data-parallel group.
+ranks of a data-parallel group have, they write in equal shares. What an optimizer has is in
+`megatron_optimizer`, what both are made of in `megatron_sharded`. Generators are there twice: a rank's own,
+and, for Megatron-LM, one rank's for each data-parallel group.
 
 Sources: megatron/core/dist_checkpointing (serialization.py, strategies/torch.py) of 0.16.1, Megatron-LM's
 megatron/training/checkpointing.py (generate_state_dict, get_rng_state, _build_sharded_state_dict_metadata).
@@ -32,6 +32,7 @@ from .megatron_sections import (
     Generators,
     Scheduler,
     Sync,
+    below,
     chained,
     inner_of,
     innermost,
@@ -290,9 +291,9 @@ class _OwnGenerators(Generators):
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
         key = rng_key()
-        if stored.get("place") == key:
+        if below(stored, "place") == key:
             super().match(name, stored, matching)
-        elif key in stored:
+        elif below(stored, key) is not None:
             super().match(name, unpack_rng(only(stored[key])), matching)
         else:
             _log.warning("%s: left as it is, since another tensor or pipeline parallelism saved it", name)

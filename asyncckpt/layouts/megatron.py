@@ -128,6 +128,7 @@ class MegatronLayout:
 
 
 COMMON_PATH = "common.pt"
+COMMON_ITEM = "common_state/shard_0_1"  # instead, in .metadata: since Megatron-core 0.19
 CONFIG_PATH = "metadata.json"
 CONFIG = (  # as megatron/core/dist_checkpointing/core.py (save_config) writes it, byte for byte
     b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
@@ -155,7 +156,7 @@ class MegatronDistLayout(MegatronLayout):
     ) -> str | None:
         if tracked is None or step > tracked:
             return super().foreign_problem(step, names, tracked)
-        files = (CONFIG_PATH, METADATA_PATH, COMMON_PATH)
+        files = (CONFIG_PATH, METADATA_PATH)  # common.pt, older versions alone have
         missing = [f"{part}/{name}" for part in parts for name in files if not size_of(f"{part}/{name}")]
         if not parts:
             missing = [name for name in files if name not in names]

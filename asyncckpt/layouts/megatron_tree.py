@@ -76,14 +76,14 @@ def from_megatron_dist(common: Mapping[str, Any], items: Mapping[str, Any]) -> d
     tree = from_megatron({k: v for k, v in common.items() if k not in ("optimizer", CONTENT_KEY)})
     tree.update({name: {} for name in ("model", "rng")})
     if "optimizer" in common:
-        tree["optimizer"] = {CONTENT_KEY: described, COMMON_KEY: common["optimizer"]}
+        tree["optimizer"] = {COMMON_KEY: common["optimizer"]}
     for key, item in items.items():
         if _OPTIMIZER_ITEM.match(key):
             tree.setdefault("optimizer", {})[key] = item
         else:
             tree["rng" if key.startswith("rng_state/") else "model"][key] = item
     if "optimizer" in tree:
-        tree["optimizer"][PLACES_KEY] = list(tree["rng"])
+        tree["optimizer"].update({CONTENT_KEY: described, PLACES_KEY: list(tree["rng"])})
     return tree
 
 
