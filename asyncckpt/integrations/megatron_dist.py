@@ -2,13 +2,8 @@
 
 The model's boxes are those of its own `sharded_state_dict`, and load at any parallelism; parameters that all
 ranks of a data-parallel group have, they write in equal shares. What an optimizer has is in
-<<<<<<< HEAD
 `megatron_optimizer`, what both are made of in `megatron_sharded`. Generators are there twice: a rank's own,
 and, for Megatron-LM, one rank's for each data-parallel group.
-=======
-`megatron_optimizer`, what both are made of in `megatron_sharded`. Generators are there twice: a rank's own,
-and, for Megatron-LM, one rank's for each data-parallel group.
->>>>>>> 0fb5e5e91bc53cf7b00ba9d00ba98a75857f78b8
 
 Sources: megatron/core/dist_checkpointing (serialization.py, strategies/torch.py) of 0.16.1, Megatron-LM's
 megatron/training/checkpointing.py (generate_state_dict, get_rng_state, _build_sharded_state_dict_metadata).
