@@ -135,7 +135,7 @@ def test_an_integration_comes_in_by_the_doors_for_it_and_imports_a_framework_whe
         "tree",
     )
     assert all(found.count(".") == 1 or found.split(".")[1] in doors for found in ours)
-    tree = ast.parse((PACKAGE.parent / (room.replace(".", "/") + ".py")).read_text())
+    tree = ast.parse(next(path for path in MODULES if name_of(path) == room).read_text())
     tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     at_once = {
         alias.name.split(".")[0] for node in tree.body if isinstance(node, ast.Import) for alias in node.names

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from asyncckpt import AsyncCheckpointer
 from asyncckpt.errors import CorruptStepError, LeafError, MismatchError, OptionError
 from asyncckpt.integrations import megatron as ours
-from asyncckpt.integrations.megatron_sharded import boxed, leaves_of
+from asyncckpt.integrations.megatron.sharded import boxed, leaves_of
 from asyncckpt.layouts import MegatronDistLayout
 from tests.megatron_dist_ranks import directory_of, stock_load, stock_load_model, stock_save
 from tests.megatron_ranks import TRACKER, Job, Layout, megatron, stock_read

@@ -166,6 +166,7 @@ def leave_to_stock(talk: Talk, rank: int, root: Path) -> bool:
         job.train_step(0)
         for more, kwargs in (
             ({"ckpt_format": "fsdp_dtensor"}, {}),
+            ({"ckpt_format": "torch_dist", "use_distributed_optimizer": False}, {}),
             ({"no_save_optim": True}, {}),
             ({"dataloader_save": "elsewhere"}, {"train_data_iterator": None}),
             ({}, {"non_persistent_ckpt": True}),

@@ -177,6 +177,11 @@ class Installation:
         """Why this engine has no part in it; empty if it has."""
         if _format_of(settings) not in _LAYOUTS:
             return f"--ckpt-format {settings.ckpt_format}"
+        if _format_of(settings) == "torch_dist":
+            if not getattr(settings, "use_distributed_optimizer", False):
+                return "--ckpt-format torch_dist without --use-distributed-optimizer"
+            if getattr(settings, "data_parallel_random_init", False):
+                return "--ckpt-format torch_dist with --data-parallel-random-init"
         set_flags = [name for name in flags if getattr(settings, name, None)]
         return f"--{set_flags[0].replace('_', '-')}" if set_flags else ""
 

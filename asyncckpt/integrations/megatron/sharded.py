@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..errors import LeafError
-from ..shards import Boxed
-from ..tree import rebuilt
+from ...errors import LeafError
+from ...shards import Boxed
+from ...tree import rebuilt
 
 
 def leaves_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import LeafError, LoadError, OptionError
-from ..sections import Section
-from ..tree import Matching, StoredTensor
+from ...errors import LeafError, LoadError, OptionError
+from ...sections import Section
+from ...tree import Matching, StoredTensor
 
 STATES = ("param", "exp_avg", "exp_avg_sq")  # of each parameter, in the order of the file
 PLAIN = ("Float16OptimizerWithFloat16Params", "FP32Optimizer")

@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 
-from ..errors import LeafError
-from ..layouts.megatron_tree import COMMON_KEY, CONTENT_KEY, PLACES_KEY
-from ..shards import Boxed, boxes
-from ..tree import Keyed, Matching
-from .megatron_sections import STATES, Groups, ParameterStates, inner_of, name_of
-from .megatron_sharded import leaves_of, only, owned, rng_key
+from ...errors import LeafError
+from ...layouts.megatron_tree import COMMON_KEY, CONTENT_KEY, PLACES_KEY
+from ...shards import Boxed, boxes
+from ...tree import Keyed, Matching
+from .sections import STATES, Groups, ParameterStates, inner_of, name_of
+from .sharded import leaves_of, only, owned, rng_key
 
 BY_BUCKET, BY_PARAMETER = "dp_reshardable", "fully_reshardable"  # Megatron-core's words
 

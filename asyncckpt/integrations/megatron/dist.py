@@ -2,7 +2,7 @@
 
 The model's boxes are those of its own `sharded_state_dict`, and load at any parallelism; parameters that all
 ranks of a data-parallel group have, they write in equal shares. What an optimizer has is in
-`megatron_optimizer`, what both are made of in `megatron_sharded`. Generators are there twice: a rank's own,
+`optimizer`, what both are made of in `sharded`. Generators are there twice: a rank's own,
 and, for Megatron-LM, one rank's for each data-parallel group.
 
 Sources: megatron/core/dist_checkpointing (serialization.py, strategies/torch.py) of 0.16.1, Megatron-LM's
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import OptionError
-from ..layouts.megatron_tree import CONTENT_KEY, pack_rng, unpack_rng
-from ..sections import Section
-from ..shards import Block, Boxed, Holders, boxes, shares
-from ..tree import Keyed, Matching
-from .megatron_optimizer import BY_BUCKET, BY_PARAMETER, ShardedOptimizer
-from .megatron_sections import (
+from ...errors import OptionError
+from ...layouts.megatron_tree import CONTENT_KEY, pack_rng, unpack_rng
+from ...sections import Section
+from ...shards import Block, Boxed, Holders, boxes, shares
+from ...tree import Keyed, Matching
+from .optimizer import BY_BUCKET, BY_PARAMETER, ShardedOptimizer
+from .sections import (
     PLAIN,
     ForMegatron,
     Generators,
@@ -38,7 +38,7 @@ from .megatron_sections import (
     innermost,
     told,
 )
-from .megatron_sharded import boxed, leaves_of, only, owned, rng_key
+from .sharded import boxed, leaves_of, only, owned, rng_key
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class MegatronDistState:
 
     Args:
         fully_reshardable: whether the optimizer is to load at another tensor or pipeline parallelism; see
-            `megatron_optimizer`. None: what `args` say.
+            `optimizer`. None: what `args` say.
 
     Raises:
         OptionError: something that this format has no place for, or that nobody here knows.
