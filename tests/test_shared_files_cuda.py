@@ -174,7 +174,7 @@ def test_slices_written_behind_the_counters_are_seen_by_the_full_guard(
             handle = checkpointer.save(2)
             world.kernel(lambda alias: alias.sub_(1), sliced.pieces[5][1][1].detach())
             world.synchronize(1)
-        with pytest.raises(TornStateError, match="distrib_optim.*piece 1 of tensor 5"):
+        with pytest.raises(TornStateError, match=r"distrib_optim.*piece 1 of tensor 5"):
             handle.wait()
         checkpointer.save(3).wait()
     assert same(stored(tmp_path, 3), sliced.wholes())
