@@ -111,6 +111,7 @@ def capture(tree: StateTree, buffers: set[int], reserve: Reserve) -> Captured:
 
     result = StateTree(tree)
     result.parameters = tree.parameters
+    result.write_only = tree.write_only
     for name, branch in tree.items():
         if _MODEL.fullmatch(name):
             if buffers:

@@ -116,6 +116,7 @@ class TrainingState:
         tree = StateTree()
         if "model" in self.models:
             tree.parameters = self.models["model"].parameters()
+        tree.write_only = frozenset(self.sections).difference(self.restored())
         for name, section in self.sections.items():
             began_s = time.perf_counter()
             tree[name] = section.capture()

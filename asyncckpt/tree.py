@@ -33,9 +33,11 @@ class StateTree(dict[str, Any]):
     Attributes:
         parameters: keys of the model's branch that are parameters, which training keeps equal on all ranks
             that have the same of them. Its buffers may differ.
+        write_only: branches that are for other tools; a load here passes over them.
     """
 
     parameters: frozenset[str] = frozenset()
+    write_only: frozenset[str] = frozenset()
 
 
 class Leaf(NamedTuple):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ class Installation:
             raise OptionError("megatron_lm.install() was called already: uninstall() that first")
         self._stock = checkpointing
         self._options = options
-        self._checkpointers: dict[Path, AsyncCheckpointer] = {}
+        self._checkpointers: dict[str, AsyncCheckpointer] = {}  # by real paths
         self._said: set[str] = set()
         self._operations = 0  # floating-point operations so far, at the latest save
         self._replaced: list[tuple[Any, str, Any]] = []
@@ -150,7 +151,7 @@ class Installation:
             )
             return stock
         path, step = Path(str(root)), getattr(settings, "ckpt_step", None)
-        same = getattr(settings, "save", None) and Path(settings.save).absolute() == path.absolute()
+        same = getattr(settings, "save", None) and os.path.realpath(settings.save) == os.path.realpath(path)
         one = self._over(path, ddp_model, optimizer, opt_param_scheduler, settings, read_only=not same)
         resume = one.load(step) if step is not None else one.load_latest()
         if resume is None:
@@ -207,10 +208,10 @@ class Installation:
         self, root: Path, model: Any, optimizer: Any, scheduler: Any, settings: Any, read_only: bool = False
     ) -> AsyncCheckpointer:
         """The checkpointer of a root; made at its first use, by all ranks together."""
-        root = root.absolute()  # --save and --load may spell one directory in two ways
-        if root not in self._checkpointers:
-            self._checkpointers[root] = checkpointer(
-                root,
+        key = os.path.realpath(root)  # --save and --load may spell one directory in two ways
+        if key not in self._checkpointers:
+            self._checkpointers[key] = checkpointer(
+                root.absolute(),
                 model=model,
                 optimizer=optimizer,
                 opt_param_scheduler=scheduler,
@@ -220,7 +221,7 @@ class Installation:
                 read_only=read_only,
                 **self._options,
             )
-        return self._checkpointers[root]
+        return self._checkpointers[key]
 
     def _say(self, what: str) -> None:
         if what not in self._said:

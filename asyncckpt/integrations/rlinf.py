@@ -136,7 +136,7 @@ class _Checkpoints:
         return self._load(path.parent, step, options).step
 
     def _load(self, root: Path, step: int, options: Mapping[str, Any]) -> Resume:
-        if root == Path(self.job.root):
+        if os.path.realpath(root) == os.path.realpath(self.job.root):
             return self.checkpointer.load(step, **options)
         with AsyncCheckpointer(root, read_only=True, **self._options) as other:
             return other.load(step, **options)

@@ -2,7 +2,7 @@
 
 __{rank}_0.distcp   one item per tensor or piece of one that this rank writes; rank 0: and python leaves
 .metadata           which item of which file holds what; of several ranks, rank 0 writes it at the end
-rank_{rank}.pt      what is a rank's own: generators, sampler; only where there are several ranks
+rank_00003.pt       what is a rank's own: generators, sampler; only where there are several ranks
 
 Tools that keep such files elsewhere, under names of their own, have an `Arrangement`.
 """
