@@ -40,6 +40,12 @@ class StateTree(dict[str, Any]):
     write_only: frozenset[str] = frozenset()
 
 
+def restored(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The branches of a tree that a load brings back."""
+    write_only = tree.write_only if isinstance(tree, StateTree) else frozenset()
+    return {name: branch for name, branch in tree.items() if name not in write_only}
+
+
 class Leaf(NamedTuple):
     """A value of the tree that is saved as one: a tensor, or python that is pickled."""
 

@@ -225,7 +225,8 @@ def test_every_directory_is_synced_after_its_last_name_and_before_it_is_visible(
     for directory in directories:
         entries = [path for path in names if path.parent == directory]
         created = [call for path in entries for call in recording.of("create", path)]
-        assert len(created) == len(entries), directory
+        # Of a file that ranks share, each of them asks for it to be made.
+        assert all(recording.of("create", path) for path in entries), directory
         last = max(call.ended for call in created)
         assert recording.synced_between(directory, last, rename.begun), directory
 

@@ -22,7 +22,7 @@ from ..layouts.megatron_tree import to_megatron
 from ..plan import PlanCache, Planned, WritePlan, inert_in, planned_with, refuse_unreachable, slot_nbytes
 from ..shards import is_sharded
 from ..shared import SHARED_BRANCH, SharedFile
-from ..tree import OWN_SECTIONS, StateTree, flatten, tensors_in
+from ..tree import OWN_SECTIONS, flatten, restored, tensors_in
 from .shared import SharedPlan, lay_out, signature_of
 
 
@@ -96,11 +96,9 @@ class MegatronPlanner(PlanCache):
             builder = ImageBuilder(path)
             torch_zip.lay_out(builder, torch_zip.stem_of(path), (index, slots[index]), storages)
             images.append(builder.build())
-        write_only = tree.write_only if isinstance(tree, StateTree) else frozenset()
-        loaded = {name: branch for name, branch in tree.items() if name not in write_only}
         untrusted = tuple(
             (f"{path}: state{where}", kind)
-            for path, what, part in self._trees(loaded)
+            for path, what, part in self._trees(restored(tree))
             for where, kind in inert_in(pickle_tree(part, where=what))
         )
         self._shared = tuple(shared)

@@ -36,7 +36,7 @@ from ..plan import (
     span_nbytes,
 )
 from ..shards import Boxed, is_sharded
-from ..tree import OWN_SECTIONS, Keyed, Leaf, flatten, tensors_in
+from ..tree import OWN_SECTIONS, Keyed, Leaf, flatten, restored, tensors_in
 
 
 class _Pickle(NamedTuple):
@@ -83,7 +83,7 @@ class MegatronDistPlanner(PlanCache):
             tuple((one.key, one.path, tuple(s.nbytes() for s in one.pickled.storages)) for one in pickles),
         )
         served = self._serve(signature, [one.pickled for one in pickles])
-        plan = served or self._keep(self._lay_out(signature, boxes, pickles))
+        plan = served or self._keep(self._lay_out(signature, boxes, pickles, tree))
         spans = [(box.tensor, 0, span_nbytes(box.tensor)) for _, box in boxes]
         return planned_with(plan, [(one.name, one.pickled) for one in pickles], spans, served is None)
 
@@ -110,7 +110,11 @@ class MegatronDistPlanner(PlanCache):
     # -- once per structure
 
     def _lay_out(
-        self, signature: object, boxes: Sequence[tuple[str, Boxed]], pickles: Sequence[_Pickle]
+        self,
+        signature: object,
+        boxes: Sequence[tuple[str, Boxed]],
+        pickles: Sequence[_Pickle],
+        tree: Mapping[str, Any],
     ) -> WritePlan:
         slots = [slot_nbytes(len(one.pickled.data)) for one in pickles]
         names = [one.name for one in pickles] + [name for name, _ in boxes]
@@ -143,15 +147,17 @@ class MegatronDistPlanner(PlanCache):
             config = ImageBuilder(CONFIG_PATH)
             config.literal(CONFIG)
             images.append(config.build())
-        untrusted = tuple((one.name + path, kind) for one in pickles for path, kind in inert_in(one.pickled))
+        loaded = [one for one in pickles if one.key is not None]
+        loaded += [self._file(*file) for file in self._files(restored(tree))]
+        untrusted = tuple((one.name + path, kind) for one in loaded for path, kind in inert_in(one.pickled))
         paths = {entry.fqn: (entry.fqn,) for entry in entries}
-        tree, layout = distcp.pack_tree(paths, forms), distcp.pack_layout(builder.path, entries, paths)
+        packed, layout = distcp.pack_tree(paths, forms), distcp.pack_layout(builder.path, entries, paths)
         if self._alone:
             metadata = ImageBuilder(METADATA_PATH)
-            metadata.literal(distcp.merged_metadata([(tree, layout)]))
+            metadata.literal(distcp.merged_metadata([(packed, layout)]))
             images.append(metadata.build())
-            tree = layout = b""
-        return WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature, tree, layout)
+            packed = layout = b""
+        return WritePlan(tuple(images), tuple(slots), tuple(names), untrusted, signature, packed, layout)
 
 
 def _form(named: tuple[str, Boxed]) -> tuple[object, ...]:
