@@ -99,12 +99,12 @@ def close_file(
                 f"{part.path}: {here} saves something else there than {there}: what they hold together must "
                 f"have the same names, sizes and types"
             )
-    edges = {rank: _read(fs, attempt, one.edges) for rank, one in handed.items()}
     try:
         closing = slices.close(
             part.image,
             part.spans,
-            {rank: (one.runs, edges[rank]) for rank, one in handed.items()},
+            {rank: one.runs for rank, one in handed.items()},
+            lambda rank: _read(fs, attempt, handed[rank].edges),
             block_nbytes,
             combine,
         )

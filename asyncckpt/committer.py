@@ -126,7 +126,7 @@ class Committer:
             try:
                 files = self._in_step(save, self._closed(save, self._written(save)))
             except BaseException as error:
-                self._give_up(save, error)
+                self._give_up(save, save.error or error)  # the first reason; what follows says "given up"
                 raise
             self._publish(save, files)
             return
@@ -136,7 +136,7 @@ class Committer:
             # Rank 0 removes what has failed for another rank, also what is being written here.
             ended = self._ranks.ended_early(save.call)
             if ended is None:
-                self._give_up(save, error)
+                self._give_up(save, save.error or error)
                 raise
             raise self._failed_elsewhere(save, ended) from error
         self._take_part(save, ballot)

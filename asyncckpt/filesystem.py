@@ -54,7 +54,7 @@ class Filesystem:
         with self._changing("close", path):  # NFS reports late write errors here
             os.close(fd)
 
-    def write_into(self, path: Path, writes: Sequence[tuple[int, bytes]], nbytes: int) -> None:
+    def write_into(self, path: Path, writes: Sequence[tuple[int, bytes | bytearray]], nbytes: int) -> None:
         """Write bytes at offsets of a file, made if it is not there; give it its size, and fsync it."""
         with self._changing("open", path):
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

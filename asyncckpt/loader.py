@@ -128,13 +128,19 @@ class Loader:
 
     def _choose(self, tried: set[tuple[int, str]], passed_over: list[str]) -> dict[str, Any]:
         """The next step to try, or none, or why none is good; for all ranks."""
+        promise = self._root.broken_promise()  # before the listing: a tracker moves when its step is there
         entry = self._next(tried)
+        ever = entry is not None or bool(tried) or self._root.ever_committed()
+        if entry is None and ever:
+            entry = self._next(tried)  # the first step may have come in between
         if entry is not None:
             step, attempt = _attempt_of(entry)
             return {"step": step, "attempt": attempt, "bad": None}
-        if not tried and not self._root.ever_committed():
+        if not ever:
             self._root.refuse_other_layout()
-            return {"step": None, "bad": None}
+            for entry in self._root.entries():
+                _log.warning("%s is not loaded: %s", entry.path, entry.problem)
+            return {"step": None, "bad": promise}
         reasons = "\n  ".join(passed_over) or "all were abandoned or removed"
         return {"step": None, "bad": f"no step under {self._root.path} is good:\n  {reasons}"}
 

@@ -86,7 +86,8 @@ class WritePlan:
 
     def directories(self) -> set[str]:
         """Directories of the files, below the step's own."""
-        return {image.path.rpartition("/")[0] for image in self.images} - {""}
+        closed = [part.path for part in self.shared if part.image is not None]
+        return {path.rpartition("/")[0] for path in (*closed, *(i.path for i in self.images))} - {""}
 
     @property
     def pickled_nbytes(self) -> int:

@@ -341,13 +341,15 @@ class Ranks:
             return {}
         client, key = self._client, f"{self._run}/{save}/handed/{self.rank}"
         slots = [f"{self._run}/handed/{self.rank}/{rank}" for rank in others]
+        failed, outcome = f"{self._run}/{save}/failed", f"{self._run}/{save}/outcome"
         deadline = _Deadline(self._timeout_s)
         watch = _Watch(self, others, self.world_size)
         while client.add(key, 0) < len(others):
-            failed, outcome = f"{self._run}/{save}/failed", f"{self._run}/{save}/outcome"
             if client.has(failed):
-                ballot = Ballot.from_bytes(client.get(failed))
-                raise RankError(f"{self.called(ballot.rank)}: {ballot.error}")
+                if self.is_first:
+                    ballot = Ballot.from_bytes(client.get(failed))
+                    raise RankError(f"{self.called(ballot.rank)}: {ballot.error}")
+                self._await([outcome], [0], "to say who has failed")  # and removes what we just found
             if client.has(outcome):
                 raise RankError("another rank's part has failed")
             silent = watch.silent(lambda late: self._not_said(save, slots, others, late))

@@ -111,6 +111,16 @@ class RootView:
         """Whether any step was ever finished here, damaged and abandoned ones included."""
         return any(entry.committed for entry in self.entries()) or bool(self._abandoned())
 
+    def broken_promise(self) -> str | None:
+        """What to say where nothing is there to load, but a tracker: somebody has finished something."""
+        try:
+            tracked = self.tracked()
+        except LoadError as problem:
+            return str(problem)
+        if tracked is None:
+            return None
+        return f"{self._tracker} names step {tracked}, which is not there; without that file all begins anew"
+
     def refuse_other_layout(self) -> None:
         """Raise OptionError if steps of ours lie here in another layout: somebody mixed them up."""
         for other in LAYOUTS.values():

@@ -124,6 +124,13 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             rest += reversed(list(value.values()) if isinstance(value, Mapping) else value)
 
 
+def named_tensors_in(leaf: Leaf) -> Iterator[tuple[str, torch.Tensor]]:
+    """Its tensors, and what to call each: in a list of files that ranks share, by the file."""
+    for value in leaf.value if isinstance(leaf.value, list) else [leaf.value]:
+        name = value.path if isinstance(value, SharedFile) else leaf.name
+        yield from ((name, tensor) for tensor in tensors_in(value))
+
+
 def rebuilt(
     value: Any, kind: type | tuple[type, ...], convert: Callable[[Any], Any], *, objects: bool = True
 ) -> Any:

@@ -48,6 +48,10 @@ class Rank:
         """SIGSTOP: it is there, and does nothing."""
         os.kill(self.process.pid, signal.SIGSTOP)
 
+    def wake(self) -> None:
+        """SIGCONT, after `stop`."""
+        os.kill(self.process.pid, signal.SIGCONT)
+
     def hear(self, expected: Any = None) -> Any:
         """What it says next, which is `expected`; what it raised is raised here."""
         deadline_s = time.monotonic() + PATIENCE_S

@@ -17,6 +17,7 @@ from asyncckpt import AsyncCheckpointer, _native
 from asyncckpt.errors import CheckpointError, LoadError, NoIntactStepError, OptionError
 from asyncckpt.filesystem import Filesystem
 from asyncckpt.formats.manifest import MANIFEST_NAME
+from asyncckpt.layouts.megatron import TRACKER_NAME
 from asyncckpt.steps import RootView, StepEntry
 
 LAYOUTS = ["dcp", "megatron"]
@@ -203,3 +204,24 @@ def test_what_is_no_step_of_any_layout_is_nothing(tmp_path: Path, layout: str) -
     (tmp_path / "notes.txt").write_text("x")
     with AsyncCheckpointer(tmp_path, model=nn.Linear(8, 8), layout=layout) as checkpointer:
         assert checkpointer.load_latest() is None
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_a_first_step_that_appears_while_somebody_looks_is_no_damage(tmp_path: Path, at: int) -> None:
+    """Another run commits its first step right before the reader's `at`-th look at the disk."""
+    with AsyncCheckpointer(tmp_path / "there", model=nn.Linear(2, 2), layout="megatron") as checkpointer:
+        checkpointer.save(1).wait()
+    root, looks = tmp_path / "root", [0]
+    root.mkdir()
+
+    def observer(op: str, path: str) -> None:
+        if looks[0] == at:
+            (tmp_path / "there/iter_0000001").rename(root / "iter_0000001")
+            (tmp_path / "there" / TRACKER_NAME).rename(root / TRACKER_NAME)
+        looks[0] += 1
+
+    with AsyncCheckpointer(root, model=nn.Linear(2, 2), layout="megatron", read_only=True) as reader:
+        reader._root.fs = Filesystem(observer)
+        resume = reader.load_latest()
+    assert looks[0] > at or resume is None
+    assert resume is None or resume.step == 1

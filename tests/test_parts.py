@@ -21,7 +21,7 @@ from tests.process_world import Talk, World, process_world
 
 PARTS = {"driver": 1, "actor": 3, "critic": 2}
 RANKS = sum(PARTS.values())
-SILENCE_S = 1.0
+SILENCE_S = 2.0
 
 
 @pytest.fixture(scope="module")

@@ -237,6 +237,31 @@ def test_a_failure_is_read_also_from_a_rank_that_went_on(world: list[Ranks]) -> 
         world[0].collect(1, ballot(0))
 
 
+def test_a_closer_hears_of_a_failure_that_the_first_rank_announces_meanwhile(
+    store: TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_room, "CALL_TIMEOUT_S", 10)  # of a call for what is not there any more
+    world = make(store)
+    first, closer, failing = world[0], world[1], world[3]
+    failing.vote(1, ballot(3, error="no space left"))
+    there = closer._client.has  # type: ignore[union-attr]
+
+    def has(*keys: str) -> bool:
+        found = there(*keys)
+        if found and keys[0].endswith("/failed"):
+            with pytest.raises(RankError, match="rank 3: no space left"):
+                first.collect(1, ballot(0))
+            first.announce(1, Outcome("rank 3: no space left"))
+        return found
+
+    monkeypatch.setattr(closer._client, "has", has)
+    with pytest.raises(RankError, match="another rank's part has failed"):
+        closer.take_over(1, [1, 3])
+    ended = closer.ended_early(1)
+    assert ended is not None
+    assert ended.error == "rank 3: no space left"
+
+
 def test_many_that_wait_ask_the_store_no_more_often_than_few() -> None:
     def asked_per_s(polling: int) -> float:
         deadline = room._Deadline(10, polling)

@@ -36,7 +36,7 @@ from tests.rlinf_run import (
 )
 
 SAVED, STEPS = 3, 5
-SILENCE_S = 1.0
+SILENCE_S = 2.0
 
 
 @pytest.fixture(scope="module")

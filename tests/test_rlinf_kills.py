@@ -51,7 +51,7 @@ def save_on(talk: Talk, part: str, rank: int, log_dir: Path, fate: Fate | None) 
             if phase == "planned" and where in CALLS:
                 _native.faults.arm(_native.faults.Op[where], 0, _native.faults.Kind.kill, 0)
 
-    options: dict[str, Any] = {"rank_timeout_s": 1, "on_phase": on_phase}
+    options: dict[str, Any] = {"rank_timeout_s": 4, "on_phase": on_phase}
     loader, trainer = Loader(), Trainer(part, rank)
     if part == "data":
         checkpoints: Any = driver_of(talk, log_dir, loader, GROUPS, **options)
@@ -148,7 +148,7 @@ def test_thirty_saves_with_deaths_at_random(tmp_path: Path) -> None:
                     victim.join(PATIENCE_S)
                     assert victim.exitcode == -signal.SIGKILL, fate
                     deaths.append(fate)
-                    if len(deaths) % 3:
+                    if len(deaths) % 4:
                         for rank in ranks:
                             rank.kill()  # as a scheduler would
                     else:

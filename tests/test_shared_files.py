@@ -242,3 +242,113 @@ def test_a_piece_outside_of_its_ranks_slice_is_refused(tmp_path: Path) -> None:
         pytest.raises(LeafError, match="not within the slice"),
     ):
         checkpointer.save(1)
+
+
+# ---------------------------------------------------------------------------- what it costs
+
+
+def save_counted(talk: Talk, rank: int, root: Path, sizes: tuple[int, ...]) -> tuple[int, list[int], int]:
+    """Peak of memory above what this process had before, bytes told to the store per save, plans made."""
+    sliced, told, said = Sliced(rank, sizes), [], [0]
+    before = memory_nbytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc(5)
+    with checkpointer_of(root, rank, sliced, host_memory=HOST_MEMORY) as checkpointer:
+        tell = checkpointer._ranks._client.set  # type: ignore[union-attr]
+
+        def count(key: str, value: bytes) -> None:
+            said[0] += len(value) if "/beat/" not in key else 0
+            tell(key, value)
+
+        checkpointer._ranks._client.set = count  # type: ignore[union-attr,method-assign]
+        for step in (1, 2, 3):
+            said[0] = 0
+            checkpointer.save(step).wait()
+            told.append(said[0])
+        return memory_nbytes("VmHWM") - before, told, checkpointer.plans_made
+
+
+def memory_nbytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":"))
+
+
+HOST_MEMORY = 16 << 20
+
+
+def test_hundreds_of_mib_cost_the_memory_that_was_given_and_a_few_crcs(world: World, tmp_path: Path) -> None:
+    sizes = (26_000_001, 26_000_003, 26_000_005, 1025)
+    for peak, told, plans in world.run(RANKS, save_counted, tmp_path, sizes):
+        assert peak <= HOST_MEMORY + (64 << 20), peak >> 20
+        assert plans == 1
+        chunks = 4 * sum(sizes) / RANKS / (1 << 20)  # that small a ring has chunks of 1 MiB
+        assert max(told[1:]) <= 64 * chunks + 2048, told
+
+
+# ---------------------------------------------------------------------------- odd states
+
+
+def save_changing(talk: Talk, rank: int, root: Path) -> int:
+    """Three structures, one after the other, the last with empty tensors; plans made."""
+    sliced = Sliced(rank, (100, 5000))
+    with checkpointer_of(root, rank, sliced) as checkpointer:
+        for step, sizes in enumerate([(100, 5000), (100, 5000), (7000, 3, 90_000), (0, 1, 70_001, 0)]):
+            checkpointer.fence()
+            sliced.tensors = Sliced(rank, sizes).tensors
+            checkpointer.save(step).wait()
+        return checkpointer.plans_made
+
+
+def test_another_structure_on_all_ranks_is_planned_once(world: World, tmp_path: Path) -> None:
+    assert world.run(RANKS, save_changing, tmp_path) == [3] * RANKS
+    assert world.run(RANKS, load, tmp_path, (0, 1, 70_001, 0)) == [True] * RANKS
+    tree = torch.load(tmp_path / "iter_0000003" / PATH, weights_only=True)
+    for number, whole in Sliced(0, (0, 1, 70_001, 0)).expected().items():
+        assert torch.equal(tree[number][(torch.bfloat16, torch.float32)]["param"], whole)
+
+
+def save_unseen(talk: Talk, rank: int, root: Path) -> str:
+    """What is said of a save while which a tensor of rank 2 was written to behind the counters."""
+    sliced = Sliced(rank, SIZES)
+    with checkpointer_of(root, rank, sliced, guard="full", on_error="warn") as checkpointer:
+        checkpointer.save(1).wait()
+        if rank == 2:
+            faults.arm(faults.Op.copy, 0, faults.Kind.pause, repeat=True)
+        handle = checkpointer.save(2)
+        if rank == 2:
+            assert faults.wait_for_hits(faults.Op.copy, 1)
+            sliced.tensors[-1][2][1][1].data[5] = -1
+            faults.disarm()
+        try:
+            handle.wait()
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def test_full_guard_sees_what_counters_do_not(world: World, tmp_path: Path) -> None:
+    for rank, said in enumerate(world.run(RANKS, save_unseen, tmp_path)):
+        assert "distrib_optim.pt (piece 1 of tensor 5) changed before it was copied" in said
+        assert rank == 2 or "rank 2" in said
+    assert world.run(RANKS, latest, tmp_path) == [1] * RANKS
+
+
+class Empty(Sliced):
+    """A file in which there is no tensor."""
+
+    def capture(self) -> list[SharedFile]:
+        return [SharedFile("mp_rank_01/distrib_optim.pt", 1, {"buckets_coalesced": True})]
+
+    def paths(self) -> tuple[str, ...]:
+        return ("mp_rank_01/distrib_optim.pt",)
+
+
+def save_empty(talk: Talk, rank: int, root: Path) -> None:
+    with checkpointer_of(root, rank, Empty(rank, ())) as checkpointer:
+        checkpointer.save(1).wait()
+        checkpointer.save(2)
+
+
+def test_a_file_without_tensors_is_its_closers(world: World, tmp_path: Path) -> None:
+    world.run(RANKS, save_empty, tmp_path)
+    path = tmp_path / "iter_0000002" / "mp_rank_01/distrib_optim.pt"
+    assert torch.load(path, weights_only=True) == {"buckets_coalesced": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -97,6 +98,13 @@ def write_part(
     return runs, edges
 
 
+def close(image: FileImage, spans: np.ndarray, handed: dict[int, tuple[list[Run], bytes]]) -> slices.Closing:
+    written = {rank: runs for rank, (runs, _) in handed.items()}
+    return slices.close(
+        image, spans, written, lambda rank: handed[rank][1], MANIFEST_BLOCK, _native.crc32_combine
+    )
+
+
 def put_together(directory: Path, image: FileImage, closing: slices.Closing) -> bytes:
     path = directory / image.path
     with path.open("r+b" if path.exists() else "w+b") as file:
@@ -122,7 +130,7 @@ def test_ranks_together_write_the_file_that_one_would_write(tmp_path: Path, seed
         handed[rank] = write_part(
             tmp_path, part, arrays, BLOCK * rng.choice([1, 2, 4, 16]), direct=rng.random() < 0.7
         )
-    closing = slices.close(image, spans, handed, MANIFEST_BLOCK, _native.crc32_combine)
+    closing = close(image, spans, handed)
     expected = image.render(contents)
     assert put_together(tmp_path, image, closing) == expected
     blocks = [expected[at : at + MANIFEST_BLOCK] for at in range(0, len(expected), MANIFEST_BLOCK)]
@@ -178,7 +186,7 @@ def test_what_does_not_make_up_the_file_is_refused(tmp_path: Path, break_it: str
     else:
         handed[1] = ([*runs, runs[0]], edges)
     with pytest.raises(SliceError):
-        slices.close(image, spans, handed, MANIFEST_BLOCK, _native.crc32_combine)
+        close(image, spans, handed)
 
 
 @pytest.mark.parametrize(
@@ -214,3 +222,40 @@ def test_a_partial_image_covers_whole_blocks() -> None:
     ):
         with pytest.raises(ValueError, match=r"continue|end"):
             make(extents, 9 * BLOCK)
+
+
+def test_a_closer_holds_what_is_left_of_thousands_of_slices_once() -> None:
+    ranks, buckets, nbytes = 16, 100, 4 * BLOCK
+    whole = ranks * buckets * nbytes
+    builder = ImageBuilder("file.pt")
+    torch_zip.lay_out(builder, "file", b"\x80\x02N.", [(index, whole) for index in range(3)])
+    image = builder.build()
+    records = sorted(int(row[4]) for row in image.extents if row[2] >= 0)
+    table = [
+        (record, n * nbytes, (n + 1) * nbytes, n % ranks)
+        for record in records
+        for n in range(ranks * buckets)
+    ]
+    spans = slices.spans_of(image, np.array(table, np.int64))
+    left = image.nbytes - int(np.diff(slices.inside(spans)).sum())
+    runs = {
+        rank: [
+            Run(at, min(e, (at // MANIFEST_BLOCK + 1) * MANIFEST_BLOCK) - at, 0)
+            for b, e in slices.inside(spans[spans[:, 2] == rank]).tolist()
+            for at in (b, *range((b // MANIFEST_BLOCK + 1) * MANIFEST_BLOCK, e, MANIFEST_BLOCK))
+        ]
+        for rank in range(ranks)
+    }
+
+    def edges_of(rank: int) -> bytes:
+        table = slices.edges(spans[spans[:, 2] == rank])
+        return bytes(int((table[:, 1] - table[:, 0]).sum()))
+
+    tracemalloc.start()
+    try:
+        closing = slices.close(image, spans, runs, edges_of, MANIFEST_BLOCK, _native.crc32_combine)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(len(data) for _, data in closing.writes) == left > 16 << 20
+    assert peak < 1.5 * left

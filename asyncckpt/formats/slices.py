@@ -213,14 +213,15 @@ class Closing:
         block_crcs: CRC-32 of each block of the whole file.
     """
 
-    writes: tuple[tuple[int, bytes], ...]
+    writes: tuple[tuple[int, bytes | bytearray], ...]
     block_crcs: tuple[int, ...]
 
 
 def close(
     image: FileImage,
     spans: Int64Array,
-    handed: Mapping[int, tuple[Sequence[Run], bytes]],
+    written: Mapping[int, Sequence[Run]],
+    edges_of: Callable[[int], bytes],
     block_nbytes: int,
     combine: Combine,
 ) -> Closing:
@@ -229,22 +230,22 @@ def close(
     Args:
         image: of the whole file.
         spans: of all ranks.
-        handed: of every rank that has any of it: what it wrote, none of it across a multiple of
-            `block_nbytes`; and its edges.
+        written: by every rank that has any of it, none of it across a multiple of `block_nbytes`.
+        edges_of: what a rank handed over; asked rank by rank, so that never all of it is in memory twice.
         block_nbytes: size of a block of the manifest.
 
     Raises:
         SliceError: what was handed over is not what the ranks had to write.
     """
-    pieces = [run for runs, _ in handed.values() for run in runs]
+    pieces = [run for runs in written.values() for run in runs]
     left = _Left(image.nbytes, inside(spans))
     for offset, nbytes, source, source_offset, _ in image.extents.tolist():
         if source == LITERAL:
             left.put(offset, image.literals[source_offset : source_offset + nbytes])
     for rank, own in by_rank(spans):
-        if rank not in handed:
+        if rank not in written:
             raise SliceError(f"{image.path}: nothing was handed over by rank {rank}")
-        table, data, at = edges(own), handed[rank][1], 0
+        table, data, at = edges(own), edges_of(rank), 0
         if int((table[:, 1] - table[:, 0]).sum()) != len(data):
             raise SliceError(f"{image.path}: rank {rank} handed over {len(data)} bytes of edges")
         for begin, end in table.tolist():
@@ -303,8 +304,8 @@ class _Left:
                 found.append(Run(a, b - a, zlib.crc32(memoryview(run)[a - begin : b - begin])))
         return found
 
-    def writes(self) -> tuple[tuple[int, bytes], ...]:
-        return tuple((begin, bytes(run)) for begin, run in self._runs)
+    def writes(self) -> tuple[tuple[int, bytearray], ...]:
+        return tuple(self._runs)
 
 
 def _check_tiled(image: FileImage, pieces: Sequence[Run]) -> None:

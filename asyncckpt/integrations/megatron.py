@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 
 from ..checkpointer import AsyncCheckpointer
-from ..errors import LeafError, OptionError
+from ..errors import LeafError, LoadError, OptionError
 from ..formats.image import Int64Array
 from ..layouts.megatron import ModelRank
 from ..sections import Section, StatefulSection
 from ..shared import SHARED_BRANCH, SharedFile, SlicedTensor
-from ..tree import Matching
+from ..tree import Matching, StoredTensor
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")  # of each parameter, in the order of the file
 _SHARDED = ("DistributedOptimizer",)
@@ -195,6 +195,11 @@ def _inner(optimizer: Any) -> Any:
     return optimizer.optimizer
 
 
+def _counts_in_groups(inner: Any) -> bool:
+    """Whether steps are counted there, as Apex and Transformer Engine do; torch does so in each state."""
+    return type(inner).__name__ == "FusedAdam"
+
+
 class _Sync:
     """Makes parameters whole whose gathers wait for the next forward (overlap_param_gather)."""
 
@@ -253,11 +258,14 @@ class _Groups:
 
     @staticmethod
     def _match_one(name: str, optimizer: Any, stored: Any, matching: Matching) -> None:
-        groups = stored.get("optimizer", {}).get("param_groups") if isinstance(stored, Mapping) else None
-        live = _inner(optimizer).param_groups
+        inner, live = _inner(optimizer), _inner(optimizer).param_groups
+        groups = _at(_at(stored, "optimizer"), "param_groups")
         if not isinstance(groups, list) or len(groups) != len(live):
             count = len(groups) if isinstance(groups, list) else 0
             matching.differences.append(f"{name}: {len(live)} groups here, {count} in the checkpoint")
+            return
+        if not all(isinstance(group, Mapping) for group in groups):
+            matching.differences.append(f"{name}: a group in the checkpoint is no group")
             return
         by_name = {_name_of(group): group for group in groups}
         if len(by_name) == len(groups) and {*by_name} != {_name_of(group) for group in live}:
@@ -265,8 +273,13 @@ class _Groups:
             return
         if len(by_name) == len(groups):
             groups = [by_name[_name_of(group)] for group in live]
+        for group, saved in zip(live, groups, strict=True):
+            counts = "step" in group or (group["params"] and not _counts_in_groups(inner))
+            if counts and not _is_count(saved.get("step")):
+                matching.differences.append(f"{name}: no step of group {_name_of(group)} in the checkpoint")
+                return
         values = matching.fresh(name, groups)
-        scaler = matching.fresh(f"{name}.grad_scaler", stored.get("grad_scaler"))
+        scaler = matching.fresh(f"{name}.grad_scaler", _at(stored, "grad_scaler"))
 
         def apply() -> None:
             for group, saved in zip(live, values, strict=True):
@@ -274,12 +287,36 @@ class _Groups:
                 if "step" in group:  # of Apex and Transformer Engine; torch's Adam has it in its state
                     group["step"] = saved["step"]
                 for param in group["params"]:
-                    if "step" in _inner(optimizer).state.get(param, {}):
-                        _inner(optimizer).state[param]["step"].fill_(saved["step"])
+                    if "step" in inner.state.get(param, ()):
+                        inner.state[param]["step"].fill_(saved["step"])
             if scaler is not None and getattr(optimizer, "grad_scaler", None) is not None:
                 optimizer.grad_scaler.load_state_dict(scaler)
 
-        matching.afterwards.append(apply)
+        matching.afterwards.append(_told(name, apply))
+
+
+def _at(value: Any, key: Any) -> Any:
+    """What a file has below a key; None where it has nothing, or something else than a dict."""
+    return value.get(key) if isinstance(value, Mapping) else None
+
+
+def _told(name: str, act: Callable[[], None]) -> Callable[[], None]:
+    """`act`, which says whose it is, should an object of Megatron not take what a file has."""
+
+    def told() -> None:
+        try:
+            act()
+        except Exception as error:
+            raise LoadError(
+                f"{name} does not take what the checkpoint has, {type(error).__name__}: {error}"
+            ) from error
+
+    return told
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a number of steps, perhaps in a tensor; a file may have anything there."""
+    return isinstance(value, int | float) or (isinstance(value, StoredTensor) and value.shape in ((), (1,)))
 
 
 def _with_own_scaler(state: Any) -> Any:
@@ -432,34 +469,41 @@ class _Sharded:
 
     def _states(self, index: int, param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         main = self._main(index, param)
-        state = _inner(self._each[index]).state[main]
+        state = _inner(self._each[index]).state.get(main, {})
+        for key in _STATES[1:]:
+            if key not in state:
+                raise LeafError(f"optimizer: a parameter has no {key}; Megatron's tree has no place for that")
         return {"param": main, **{key: state[key] for key in _STATES[1:]}}
 
-    def match(self, name: str, stored: Any, matching: Matching) -> None:
+    def match(self, _: str, stored: Any, matching: Matching) -> None:
         for index, ranks in enumerate(self._ranks):
-            content = stored[self._closers[ranks[0]].path]
-            where = name
+            where = path = self._closers[ranks[0]].path
+            content = stored[path]
             if len(self._each) > 1:
-                where = f"{name}.{index}"
+                where = f"{path}: optimizer {index}"
                 content = content[index] if isinstance(content, list) and len(content) > index else None
             self._match_one(where, index, content, matching)
 
     def _match_one(self, name: str, index: int, content: Any, matching: Matching) -> None:
-        if not isinstance(content, Mapping) or content.get("buckets_coalesced") is not True:
+        if _at(content, "buckets_coalesced") is not True:
             matching.differences.append(
                 f"{name}: not the state of a distributed optimizer, whole and in buckets"
             )
             return
         for number, buffer in enumerate(self._buffers[index]):
-            flat = content.get(number, {}).get(buffer.dtypes)
-            elements = flat.get("numel_unpadded") if isinstance(flat, Mapping) else None
+            flat = _at(_at(content, number), buffer.dtypes)
+            elements = _at(flat, "numel_unpadded")
             if elements != buffer.elements:
                 matching.differences.append(
                     f"{name}.{number}: {buffer.elements} elements of {buffer.dtypes[0]} here, "
                     f"{elements} in the checkpoint"
                 )
                 continue
-            for begin, param in self._placed(index, number):
+            wrong = [state for state in _STATES if not _is_flat(_at(flat, state), elements)]
+            matching.differences += [
+                f"{name}.{number}: no {state} of {elements} float32 in the checkpoint" for state in wrong
+            ]
+            for begin, param in () if wrong else self._placed(index, number):
                 self._match_param(f"{name}.{number}", index, begin, param, flat, matching)
 
     def _match_param(
@@ -479,9 +523,9 @@ class _Sharded:
             state[main] = {**self._counter(index, main), **values, **made}
 
     def _counter(self, index: int, main: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Where torch's Adam counts; Apex's and Transformer Engine's do so in their groups."""
+        """Where torch's Adam counts."""
         inner = _inner(self._each[index])
-        if type(inner).__name__ == "FusedAdam":
+        if _counts_in_groups(inner):
             return {}
         on_device = inner.defaults.get("capturable") or inner.defaults.get("fused")
         return {"step": torch.zeros((), device=main.device if on_device else "cpu")}
@@ -490,6 +534,11 @@ class _Sharded:
 def _own_or_all(slices: Int64Array, closer: int, rank: int) -> Int64Array:
     """All slices on the rank that closes the file; on others theirs, so that their plans do not grow."""
     return slices if rank == closer else slices[slices[:, 2] == rank]
+
+
+def _is_flat(stored: Any, elements: int) -> bool:
+    is_tensor = isinstance(stored, StoredTensor)
+    return is_tensor and stored.shape == (elements,) and stored.dtype == torch.float32
 
 
 def _buffer_of(buffer: Any) -> _Buffer:
@@ -530,7 +579,7 @@ class _Generators:
         missing = [key for key in ("python", "numpy", "torch", "cuda", "tracker") if key not in states]
         if missing:
             matching.differences.append(f"{name}: no state of {', '.join(missing)} in the checkpoint")
-        matching.afterwards.append(restore)
+        matching.afterwards.append(_told(name, restore))
 
 
 class _Scheduler:
@@ -549,7 +598,7 @@ class _Scheduler:
             self._scheduler.num_steps = 0
             self._scheduler.load_state_dict(values)
 
-        matching.afterwards.append(apply)
+        matching.afterwards.append(_told(name, apply))
 
 
 class _ForMegatron:

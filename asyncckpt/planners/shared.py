@@ -88,7 +88,8 @@ def lay_out(file: SharedFile, rank: int, first_source: int) -> SharedPlan:
     torch_zip.lay_out(builder, torch_zip.stem_of(file.path), pickle, list(enumerate(sizes)))
     image = builder.build()
     places = _places(image, order)
-    table = np.concatenate([_in_bytes(tensors[index], record) for index, record in places.records.items()])
+    rows = [_in_bytes(tensors[index], record) for index, record in places.records.items()]
+    table = np.concatenate([np.zeros((0, 4), np.int64), *rows])
     is_closer = rank == file.closer
     own = _spans(image, places, table[table[:, 3] == rank])
     spans = slices.spans_of(image, table) if is_closer else own
