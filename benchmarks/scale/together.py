@@ -130,7 +130,10 @@ def _closed(gpt: Gpt, buckets: list[list[tuple[int, int]]], world_size: int) -> 
         message_bytes.append(len(said))
         edge_bytes.append(len(edges))
     began_s = time.perf_counter()
-    closed = slices.close(part.image, part.spans, handed, CHUNK_NBYTES, crc32_combine)
+    written = {rank: runs for rank, (runs, _) in handed.items()}
+    closed = slices.close(
+        part.image, part.spans, written, lambda rank: handed[rank][1], CHUNK_NBYTES, crc32_combine
+    )
     return {
         "close_s": time.perf_counter() - began_s,
         "file_bytes": part.image.nbytes,
