@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from . import closing
+from .ballots import Ballot, Outcome, digest
 from .commit import Attempt, CheckpointRoot
 from .errors import CheckpointError, RankError, RootError, SaveError
 from .formats.distcp import merged_metadata, pickled_names
@@ -28,7 +29,7 @@ from .formats.manifest import FileEntry, FragmentRef
 from .inflight import ABORT_S, Save
 from .lease import RootLease
 from .parts import Member
-from .ranks import Ballot, Outcome, Ranks, digest
+from .ranks import Ranks
 from .snapshot import CHUNK_NBYTES, Snapshot, crc32_combine
 
 _log = logging.getLogger(__name__)

@@ -19,93 +19,27 @@ Guarantees:
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import logging
 import threading
-import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed
 
+from .ballots import Ballot, Outcome, check_alike, digest
 from .errors import OptionError, RankError
-from .formats.manifest import FragmentRef
 from .parts import MAIN, Member, Parts
+from .patience import Pauses, Watch
 from .store import CALL_TIMEOUT_S, StoreClient
 
 _log = logging.getLogger(__name__)
 
-_POLL_S = (0.001, 0.05)  # the first pause, and the longest: a vote takes as long as the slowest disk
-_POLLS_PER_S = 20_000  # of all ranks together; one TCPStore answers two or three times as many
-_LOOK_AROUND_S = 2.0  # how often few ranks look for signs of life; many do so every quarter of the silence
 _BEATS_PER_SILENCE = 6
 _CLAIMED = 1 << 32  # more than ranks can count
 _EAGER_S = 0.05  # between two signs of life while ranks are still joining
 _WORD_LENGTH_MAX = 4096  # n ranks fetch the words of n
-
-
-# ---------------------------------------------------------------------------- what is said
-
-
-@dataclass(frozen=True)
-class Ballot:
-    """What one rank has to say of a save.
-
-    Attributes:
-        rank, step: whose it is, and which step that rank saves.
-        error: why its part failed; None if all of it is fsynced and nothing was torn.
-        fragment: of what it wrote.
-        groups: for each set of ranks that hold the same tensors, a digest of what they are to this rank.
-        layout: digest of where its items lie; see `Ranks.say_layout`.
-        pickles: CRC-32 of each python leaf that rank 0 saves for all.
-        tree: digest of what the leaves are.
-    """
-
-    rank: int
-    step: int
-    error: str | None = None
-    fragment: FragmentRef | None = None
-    groups: tuple[tuple[str, str], ...] = ()
-    layout: str = ""
-    pickles: tuple[int, ...] = ()
-    tree: str = ""
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
-
-    @staticmethod
-    def from_bytes(data: bytes) -> Ballot:
-        fields = json.loads(data)
-        fragment = fields.pop("fragment")
-        groups = tuple((key, digest) for key, digest in fields.pop("groups"))
-        pickles = tuple(fields.pop("pickles"))
-        ref = FragmentRef(**fragment) if fragment is not None else None
-        return Ballot(**fields, fragment=ref, groups=groups, pickles=pickles)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What rank 0 made of it: `error` is None if the step is durable."""
-
-    error: str | None = None
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
-
-    @staticmethod
-    def from_bytes(data: bytes) -> Outcome:
-        return Outcome(**json.loads(data))
-
-
-def digest(value: bytes) -> str:
-    """A short name for bytes that must be the same elsewhere."""
-    return hashlib.sha256(value).hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------- ranks
 
 
 class Ranks:
@@ -188,7 +122,7 @@ class Ranks:
             self._client.close()
 
     def _await_heard(self, client: StoreClient) -> None:
-        deadline = _Deadline(self._silence_s)
+        deadline = Pauses(self._silence_s)
         while (heard := client.add(f"{self._run}/heard", 0)) < self._said * (self.world_size - 1):
             if not deadline.pause():
                 raise RankError(f"{self._said * (self.world_size - 1) - heard} words were not heard")
@@ -255,7 +189,7 @@ class Ranks:
         return self._client.get(key).decode()
 
     def _await_beginning(self, client: StoreClient, refused: str) -> dict[str, Any]:
-        deadline = _Deadline(self._timeout_s, polling=self.world_size)
+        deadline = Pauses(self._timeout_s, polling=self.world_size)
         seen: dict[str, bytes] = {}  # beats of rank 0, by incarnation
         was = f"was/{self.called(self.rank)}"
         over = client.get(was).decode() if client.has(was) else ""
@@ -342,8 +276,8 @@ class Ranks:
         client, key = self._client, f"{self._run}/{save}/handed/{self.rank}"
         slots = [f"{self._run}/handed/{self.rank}/{rank}" for rank in others]
         failed, outcome = f"{self._run}/{save}/failed", f"{self._run}/{save}/outcome"
-        deadline = _Deadline(self._timeout_s)
-        watch = _Watch(self, others, self.world_size)
+        deadline = Pauses(self._timeout_s)
+        watch = self._watch(others)
         while client.add(key, 0) < len(others):
             if client.has(failed):
                 if self.is_first:
@@ -409,9 +343,9 @@ class Ranks:
         if self._client is None:
             return [own]
         client, key = self._client, f"{self._run}/{save}"
-        deadline = _Deadline(self._timeout_s)
+        deadline = Pauses(self._timeout_s)
         others = [rank for rank in range(self.world_size) if rank != self.rank]
-        watch = _Watch(self, others, self.world_size)
+        watch = self._watch(others)
         while client.add(f"{key}/voted", 0) < len(others):
             if client.has(f"{key}/failed"):
                 break
@@ -430,7 +364,7 @@ class Ranks:
             if int(number) != save:
                 raise RankError(f"{self.called(rank)} went on to its next save before this one was decided")
             ballots.append(Ballot.from_bytes(said))
-        _check_alike(ballots, self.parts)
+        check_alike(ballots, self.parts)
         return ballots
 
     def _slot(self, rank: int) -> str:
@@ -535,8 +469,8 @@ class Ranks:
             self._generation += 1
             self._client.set(f"{self._run}/generation", str(self._generation).encode())
             return
-        deadline = _Deadline(self._timeout_s, polling=self.world_size)
-        watch = _Watch(self, [0], self.world_size)
+        deadline = Pauses(self._timeout_s, polling=self.world_size)
+        watch = self._watch([0])
         key = f"{self._run}/generation"
         while not self._client.has(key) or int(self._client.get(key)) <= self._generation:
             if watch.silent(list) is not None:
@@ -613,8 +547,8 @@ class Ranks:
         assert self._client is not None
         # Whoever waits for rank 0 does so with all the others, and it may be waiting for one of them.
         timeout_s = self._timeout_s * (1 if self.is_first else 2)
-        deadline = _Deadline(timeout_s, polling=1 if self.is_first else self.world_size)
-        watched = _Watch(self, [rank for rank in ranks if rank != self.rank], self.world_size)
+        deadline = Pauses(timeout_s, polling=1 if self.is_first else self.world_size)
+        watched = self._watch([rank for rank in ranks if rank != self.rank])
         while not self._client.has(*keys):
             silent = watched.silent(lambda late: self._lacking(keys, ranks, late))
             odd = self._told_of_other_parts(ranks, enough=silent is not None)
@@ -642,6 +576,9 @@ class Ranks:
             self._client.absent([key for key, rank in zip(keys, ranks, strict=True) if rank in wanted])
         )
         return [rank for key, rank in zip(keys, ranks, strict=True) if key in absent]
+
+    def _watch(self, ranks: Sequence[int]) -> Watch:
+        return Watch(self.beats_of, ranks, self.world_size, self._silence_s)
 
     def beats_of(self, ranks: Sequence[int]) -> list[bytes]:
         """Their last signs of life; b"" of one that gave none yet."""
@@ -705,73 +642,3 @@ def ranks_of(member: Member, store: Any, root: str, *, timeout_s: float, silence
     shared = store if world_size > 1 else None
     name = digest(root.encode())
     return Ranks(shared, member.place, world_size, name, timeout_s, silence_s, member.parts)
-
-
-class _Deadline:
-    """Pauses that grow, until the time is up; the longer, the more ranks are `polling` one store."""
-
-    def __init__(self, timeout_s: float, polling: int = 1) -> None:
-        self._ends_s = time.monotonic() + timeout_s
-        self._pause_s, self._longest_s = (_stretched(polling) * pause_s for pause_s in _POLL_S)
-
-    def pause(self) -> bool:
-        """False when the time is up."""
-        left_s = self._ends_s - time.monotonic()
-        if left_s <= 0:
-            return False
-        threading.Event().wait(min(self._pause_s, left_s))
-        self._pause_s = min(self._longest_s, 1.5 * self._pause_s)
-        return True
-
-
-def _stretched(ranks: int) -> float:
-    """How much longer pauses are where so many ranks ask, or are asked about: 1 for up to a thousand."""
-    return max(1.0, ranks / (_POLL_S[1] * _POLLS_PER_S))
-
-
-class _Watch:
-    """Looks for signs of life of those who are waited for; `world_size` ranks do so, or are looked for."""
-
-    def __init__(self, ranks: Ranks, of: Sequence[int], world_size: int) -> None:
-        self._every_s = min(_stretched(world_size) * _LOOK_AROUND_S, ranks._silence_s / 4)  # noqa: SLF001 -- a part of Ranks
-        self._ranks = ranks
-        self._seen: dict[int, tuple[bytes, float]] = {}
-        self._of = list(of)
-        self._looked_s = time.monotonic()
-
-    def silent(self, missing: Callable[[Sequence[int]], list[int]]) -> int | None:
-        """A rank that has been silent for too long and is missing: `missing` tells which of some are."""
-        now_s = time.monotonic()
-        if not self._seen:
-            self._seen = dict.fromkeys(self._of, (b"?", now_s))
-        if now_s - self._looked_s < self._every_s:
-            return None
-        self._looked_s = now_s
-        late = []
-        for rank, beat in zip(self._of, self._ranks.beats_of(self._of), strict=True):
-            last, since_s = self._seen[rank]
-            if beat != last:
-                self._seen[rank] = (beat, now_s)
-            elif now_s - since_s > self._ranks._silence_s:  # noqa: SLF001
-                late.append(rank)
-        return next(iter(missing(late)), None) if late else None
-
-
-def _check_alike(ballots: Sequence[Ballot], parts: Parts) -> None:
-    """Raise RankError unless all ranks save the same step, and those of a part the same structure."""
-    first = ballots[0]
-    for ballot in ballots:
-        if ballot.step != first.step:
-            here, there = parts.called(ballot.rank), parts.called(first.rank)
-            raise RankError(f"{here} saves step {ballot.step} where {there} saves step {first.step}")
-    for part in parts.world_sizes:
-        known: dict[str, tuple[int, str]] = {}
-        for ballot in (ballots[place] for place in parts.places(part)):
-            for group, name in ballot.groups:
-                rank, expected = known.setdefault(group, (ballot.rank, name))
-                if name != expected:
-                    raise RankError(
-                        f"the state of {parts.called(ballot.rank)} has another structure than that of "
-                        f"{parts.called(rank)}: what they hold both must have the same names, shapes and "
-                        f"dtypes, in the same order"
-                    )

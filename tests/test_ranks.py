@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from asyncckpt import ranks as room
+from asyncckpt import patience as room
 from asyncckpt import store as store_room
+from asyncckpt.ballots import Ballot, Outcome, digest
 from asyncckpt.errors import OptionError, RankError
 from asyncckpt.formats.manifest import FragmentRef
-from asyncckpt.ranks import Ballot, Outcome, Ranks, digest
+from asyncckpt.ranks import Ranks
 from asyncckpt.store import StoreClient
 
 WORLD = 4
@@ -264,12 +265,12 @@ def test_a_closer_hears_of_a_failure_that_the_first_rank_announces_meanwhile(
 
 def test_many_that_wait_ask_the_store_no_more_often_than_few() -> None:
     def asked_per_s(polling: int) -> float:
-        deadline = room._Deadline(10, polling)
+        deadline = room.Pauses(10, polling)
         return polling / deadline._longest_s
 
     assert asked_per_s(8) == 8 / room._POLL_S[1]
-    assert asked_per_s(16_384) == pytest.approx(room._POLLS_PER_S)
-    assert room._Deadline(10, 16_384)._longest_s < 1
+    assert asked_per_s(16_384) == pytest.approx(room.POLLS_PER_S)
+    assert room.Pauses(10, 16_384)._longest_s < 1
 
 
 def test_few_that_are_missing_are_found_in_few_calls(

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from asyncckpt.ballots import Ballot, Outcome, digest
 from asyncckpt.formats.manifest import FragmentRef, fragment_name
 from asyncckpt.plan import WritePlan
-from asyncckpt.ranks import Ballot, Outcome, Ranks, digest
+from asyncckpt.ranks import Ranks
 
 HOST = "127.0.0.1"
 STEP = 1000

@@ -18,8 +18,9 @@ from statistics import median
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from asyncckpt import ranks as room
-from asyncckpt.ranks import Outcome, Ranks
+from asyncckpt import patience as room
+from asyncckpt.ballots import Outcome
+from asyncckpt.ranks import Ranks
 
 from .merge import CONTEXT
 from .traffic import HOST, INCARNATION, NAME, SILENCE_S, TIMEOUT_S, Loader, Part
@@ -83,7 +84,7 @@ def _clients(port: int, world_size: int, parts: list[Part], late_s: float, pipe:
 
 def longest_pause_s(world_size: int) -> float:
     """Between two questions of a rank that has waited for a while."""
-    return room._Deadline(1.0, world_size)._longest_s  # noqa: SLF001 -- said on the page
+    return room.Pauses(1.0, world_size)._longest_s  # noqa: SLF001 -- said on the page
 
 
 @dataclass
