@@ -109,7 +109,7 @@ GARBLED: dict[str, tuple[Damage, str]] = {
     "two optimizers": (edit(MODEL, put(("optimizer",), lambda old: [old] * 2)), "1 optimizers here, 2 in"),
     "generators garbled": (edit(MODEL, put(("rng_state", 0, "random_rng_state"), 3)), "rng does not take"),
     "no generators": (edit(MODEL, put(("rng_state",), [])), "rng: no state of python"),
-    "schedule garbled": (edit(MODEL, put(("opt_param_scheduler",), {"max_lr": 1})), "lr_scheduler does not"),
+    "schedule garbled": (edit(MODEL, put(("opt_param_scheduler",), {"max_lr": 1.0})), "lr_scheduler does"),
     "model is a list": (edit(MODEL, put(("model",), [1])), "embedding.word_embeddings.weight: not in the"),
 }  # fmt: skip
 

@@ -468,7 +468,10 @@ def test_a_worker_of_one_keeps_its_generators_apart(tmp_path: Path) -> None:
         assert torch.equal(torch.rand(3), drawn)
     assert files_below(tmp_path / "global_step_1" / "actor") == {
         "rank_00000.pt", "dcp_checkpoint/.metadata", "dcp_checkpoint/__0_0.distcp",
+        "model_state_dict/full_weights.pt",
     }  # fmt: skip
+    weights = torch.load(tmp_path / "global_step_1/actor/model_state_dict/full_weights.pt", weights_only=True)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["optimizer", "lr_scheduler"])
