@@ -16,7 +16,7 @@ from asyncckpt import patience, ranks, store
 
 from .. import machine
 from ..results import RESULTS, Options
-from . import merge, plans, votes
+from . import merge, plans, together, votes
 from .page import NAME, render
 from .state import TINY, XL, Gpt, Spread, layouts, plan_at, spreads
 from .traffic import SILENCE_S, Part, store_calls_per_s, traffic
@@ -71,6 +71,7 @@ def run(options: Options) -> dict[str, Any]:
         },
         "plans": [],
         "merges": [],
+        "together": [],
         "votes": [],
     }
     for world_size in size.world_sizes:
@@ -81,6 +82,9 @@ def run(options: Options) -> dict[str, Any]:
             _say(began_s, f"layouts of {world_size} ranks, {name}")
             measured = merge.measure if options.tiny else merge.measured_apart
             document["merges"].append(where | measured(size.gpt, spread))
+    for world_size in size.world_sizes:
+        _say(began_s, f"a file of {world_size} ranks")
+        document["together"].append(together.together(size.gpt, world_size, options.rounds))
     for world_size in size.votes:
         _say(began_s, f"votes of {world_size} ranks")
         document["votes"].append(_votes(size, spreads(world_size)[VOTED]))

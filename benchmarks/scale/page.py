@@ -45,6 +45,14 @@ compressed, as rank 0 keeps them; they are computed, not planned {most} times, a
 middle and last are compared with real plans, byte for byte. *Memory* is the peak above what the process had.
 *Layouts* is what crosses the store, in that first save. Each once, in a process of its own.
 """
+_HOW_TOGETHER = """**How.** The same parameters in layout `megatron`, as one data-parallel group of
+all ranks: `distrib_optim.pt`, which Megatron gathers on one rank, and of which each rank here writes its
+slice. Buckets are of Megatron's default size, which grows with the group. *A rank* is the one in the middle
+of the group, *the closer* writes what is nobody's own: it waits for a message of each rank (the CRCs of what
+that wrote, through the store; here they are made up, and nothing is sent), reads their edges from files
+beside, and then knows the CRCs of all.
+*Closed in* is what it computes, in Python, on the thread that commits; without the disk. Once per save.
+"""
 _HOW_VOTES = """**How.** A TCPStore on loopback, hosted by rank 0's process. Of the other ranks, up to
 {clients} are real clients, threads of {processes} processes with a connection each, that run the code of a
 run: say the layout, vote, ask for the outcome as often as in a world of that size, beat. The rest are
@@ -75,8 +83,8 @@ _MEANING = """## What this means on a real cluster
   node's rename.
 - **Not measured: loads.** Every rank then hears a word of every other: that grows with the square of their
   number, once per resume.
-- **Not written yet**: Megatron's shared `distrib_optim.pt`. Its ranks would vote as these do; how they
-  write one file together is not in these figures.
+- **Not measured: one file on a cluster's filesystem** that thousands of ranks write to at once. Ranks write
+  whole blocks of 4 KiB that nobody else writes; what locking or striping makes of that is the filesystem's.
 - **Where it grows**: `.metadata` has an entry for every piece. {worst} over {worst_ranks} ranks cuts
   this state into {pieces} of them, {metadata} of `.metadata`; that is stock DCP's format. Rank 0 needs
   {merged} and {memory} of memory for it, once, in the background, but in the interpreter that trains.
@@ -105,6 +113,7 @@ def page(document: dict[str, Any]) -> str:
         ),
         *_plans(document),
         *_merges(document),
+        *_together(document),
         *_votes(document),
         *_traffic(document),
         _meaning(document),
@@ -170,6 +179,53 @@ def _merges(document: dict[str, Any]) -> list[str]:
         _HOW_MERGES.format(most=f"{_most(rows):,}"),
         table(head, lines),
     ]
+
+
+def _together(document: dict[str, Any]) -> list[str]:
+    rows = document["together"]
+    plans = [
+        (
+            f"{row['world_size']:,}",
+            f"{row['buckets']:,}",
+            *(
+                spread(row[who][key], seconds)
+                for who in ("contributor", "closer")
+                for key in ("first_s", "served_s")
+            ),
+            size(row["contributor"]["written_bytes"]),
+        )
+        for row in rows
+    ]
+    closings = [
+        (
+            f"{row['world_size']:,}",
+            size(row["file_bytes"]),
+            size(row["message_bytes"]),
+            size(row["messages_bytes"]),
+            size(row["edges_bytes"]),
+            f"{size(row['closer_writes_bytes'])} in {row['closer_writes']:,} places",
+            seconds(row["close_s"]),
+        )
+        for row in rows
+    ]
+    return [
+        "## One file of all ranks\n",
+        _HOW_TOGETHER,
+        table(
+            (
+                "Ranks", "Buckets", "A rank's first plan", "Served", "The closer's first plan", "Served",
+                "That rank writes",
+            ),
+            plans,
+        ),
+        table(
+            (
+                "Ranks", "File", "One message", "All messages", "Edges, all ranks", "Closer writes",
+                "Closed in",
+            ),
+            closings,
+        ),
+    ]  # fmt: skip
 
 
 def _votes(document: dict[str, Any]) -> list[str]:

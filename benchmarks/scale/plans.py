@@ -25,7 +25,7 @@ def plan_times(gpt: Gpt, spread: Spread, rounds: int) -> dict[str, Any]:
     with standing_at(rank, spread.world_size):
         tree = tree_of(gpt, spread, rank)
         DcpPlanner(rank, spread.world_size).plan(tree)  # imports, and what torch caches
-        with _no_collector():
+        with no_collector():
             for _ in range(rounds):
                 planner = DcpPlanner(rank, spread.world_size)
                 first_s.append(_timed(planner, tree))
@@ -48,7 +48,7 @@ def _timed(planner: DcpPlanner, tree: dict[str, Any]) -> float:
 
 
 @contextmanager
-def _no_collector() -> Iterator[None]:
+def no_collector() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
