@@ -127,6 +127,9 @@ class RootView:
             if other.name == self.layout.name:
                 continue
             for name in self._names():
+                # Layouts may share names. Of ours, every look says which it is; one may have come just now.
+                if self.layout.parse_step(name) is not None:
+                    continue
                 if other.parse_step(name) is not None and self._has_manifest(self.path / name):
                     raise OptionError(
                         f"{self.path} holds steps of layout {other.name!r}, not {self.layout.name!r}"

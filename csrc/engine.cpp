@@ -414,7 +414,9 @@ void Engine::copy_loop() {
       const bool starved = free_buffers_.empty();  // else what is free is not pinned yet
       const double begin_s = now_s();
       work_for_copiers_.wait(lock);
-      if (starved) job->times_.starved_s += (now_s() - begin_s) / copiers_;
+      // A copier may wake when others have copied all there was.
+      const double end_s = job->released() ? job->submitted_s_ + job->times_.released_s : now_s();
+      if (starved) job->times_.starved_s += std::max(0.0, end_s - begin_s) / copiers_;
       continue;
     }
 
