@@ -3,7 +3,8 @@
     every rank: written, checked -> ballot      rank 0: all ballots -> publish -> outcome      every rank
 
 No collectives, no NCCL: a dead rank must not hang the others. What crosses ranks in a save is one ballot per
-rank and one outcome; what rank 0 must know besides (where each rank's items lie) crosses once per structure.
+rank and one outcome, and, of files that ranks write together, the CRCs of what each wrote, to the rank that
+closes the file; what rank 0 must know besides (where each rank's items lie) crosses once per structure.
 
 Guarantees:
 - Every wait has a deadline, also one for a store whose host has stopped to answer: its calls run on a thread
@@ -12,8 +13,8 @@ Guarantees:
   decides.
 - Keys carry the run's incarnation, and keys or ballots the save's number: a straggler cannot vote in a later
   save.
-- What waiting costs the store does not grow with the ranks, and what a save leaves there is its outcome,
-  and a number that says who decided it.
+- What waiting costs the store does not grow with the ranks, and what a save leaves there is its outcome, and a
+  number that says who decided it; one that fails while files are closed, also a number per closer.
 """
 
 from __future__ import annotations
