@@ -13,8 +13,8 @@ Guarantees:
   decides.
 - Keys carry the run's incarnation, and keys or ballots the save's number: a straggler cannot vote in a later
   save.
-- What waiting costs the store does not grow with the ranks, and what a save leaves there is its outcome, and a
-  number that says who decided it; one that fails while files are closed, also a number per closer.
+- What waiting costs the store does not grow with the ranks, and what a save leaves there is its outcome, and
+  a number that says who decided it; one that fails while files are closed, also a number per closer.
 """
 
 from __future__ import annotations
