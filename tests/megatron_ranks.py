@@ -66,6 +66,18 @@ class Layout:
     """Parameters of a bucket of the optimizer's; there are several."""
 
 
+LAYOUTS = {
+    "tensor-bf16": Layout(tensor=2),
+    "tensor-fp32": Layout(tensor=2, bf16=False),
+    "data-bf16": Layout(),
+    "data-fp32": Layout(bf16=False),
+    "data-bf16-lazy": Layout(overlap_param_gather=True),
+    "expert": Layout(expert=2, experts=4),
+    "pipeline": Layout(pipeline=2),
+    "pipeline-virtual": Layout(pipeline=2, virtual=2, layers=4),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a shard lies in the flat tensors `param`, `exp_avg` and `exp_avg_sq` of distrib_optim.pt."""
@@ -390,6 +402,13 @@ class Job:
         for number, optimizer in enumerate(self.optimizers()):
             for param in optimizer.model_param_gbuf_map:
                 yield number, names[param], optimizer, param
+
+
+def same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    return one.keys() == other.keys() and all(
+        same(value, other[key]) if isinstance(value, dict) else torch.equal(value, other[key])
+        for key, value in one.items()
+    )
 
 
 @contextmanager

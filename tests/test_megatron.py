@@ -9,12 +9,12 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from asyncckpt import AsyncCheckpointer
 from asyncckpt.integrations import megatron as ours
 from tests.megatron_ranks import (
+    LAYOUTS,
     MODEL_FILE,
     OPTIMIZER_FILE,
     TRACKER,
@@ -22,6 +22,7 @@ from tests.megatron_ranks import (
     Layout,
     megatron,
     model_directory,
+    same,
     stock_load_checkpoint,
     stock_read,
     stock_save_checkpoint,
@@ -31,29 +32,11 @@ from tests.process_world import Talk, World, process_world
 RANKS = 4
 SAVED, LAST = 2, 4
 
-LAYOUTS = {
-    "tensor-bf16": Layout(tensor=2),
-    "tensor-fp32": Layout(tensor=2, bf16=False),
-    "data-bf16": Layout(),
-    "data-fp32": Layout(bf16=False),
-    "data-bf16-lazy": Layout(overlap_param_gather=True),
-    "expert": Layout(expert=2, experts=4),
-    "pipeline": Layout(pipeline=2),
-    "pipeline-virtual": Layout(pipeline=2, virtual=2, layers=4),
-}
-
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     with process_world() as made:
         yield made
-
-
-def same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    return one.keys() == other.keys() and all(
-        same(value, other[key]) if isinstance(value, dict) else torch.equal(value, other[key])
-        for key, value in one.items()
-    )
 
 
 def checkpointer_of(job: Job, root: Path, **options: Any) -> AsyncCheckpointer:
