@@ -9,7 +9,7 @@ from, `S` the step being saved; "older" means whatever was there before.
     files written (engine)   fsynced  -         older          older       older; hidden leftovers
     write_fragment           fsynced  fragment  older          older       older; hidden leftovers
       [2] the vote           fsynced  fragments older          older       older; hidden leftovers
-    publish: "manifest"      fsynced  fsynced   older          older       older; hidden leftovers
+    prepare                  fsynced  fsynced   older          older       older; hidden leftovers
       [1] tracker moves back fsynced  fsynced   older          T           T or the old newest
       [1] each step above T  fsynced  fsynced   fewer above T  T           T or the old newest
       [1] "abandoned"        fsynced  fsynced   up to T        T           T; the rest hidden, kept
@@ -326,32 +326,33 @@ class CheckpointRoot(RootView):
             self._newest = step
             self._ceiling = None
 
-    def publish(
+    def next_ordinal(self) -> int:
+        """The place of the next commit in the order of all. A failure may leave a gap: two never share one."""
+        with self._lock:
+            self._ordinal += 1
+            return self._ordinal
+
+    def prepare(
         self,
         attempt: Attempt,
         fragments: Sequence[FragmentRef],
         *,
         parts: Parts | None = None,
         metadata: Mapping[str, Any] | None = None,
-        on_phase: OnPhase = lambda phase: None,
     ) -> Manifest:
-        """Make an attempt visible and durable. When it returns, the step survives a power cut.
+        """Write the manifest. When it returns, all of the attempt is durable, and a rename makes it a step.
 
-        `on_phase` hears "manifest", "abandoned" (if a timeline was left), "renamed", "durable" and
-        "tracked" (if the layout has a tracker), each when that phase has ended. What it raises
-        ends the publish as a failure there would. `parts`: who wrote it; None is one rank alone.
+        Args:
+            parts: who wrote it; None is one rank alone.
 
         Raises:
             StepError, StepExistsError: see `check_step`.
-            WriteError: the operating system refused; the message says if the step is visible.
+            WriteError: the operating system refused; nothing is left behind.
         """
-        with self._lock:
-            self._ordinal += 1  # a failure may leave a gap: two commits never share one
-            ordinal = self._ordinal
         parts = parts or Parts.none(1)
         manifest = Manifest(
             attempt=attempt.id,
-            ordinal=ordinal,
+            ordinal=self.next_ordinal(),
             step=attempt.step,
             layout=self.layout.name,
             world_size=parts.world_size,
@@ -360,11 +361,27 @@ class CheckpointRoot(RootView):
             fragments=tuple(fragments),
             metadata=dict(metadata or {}),
         )
-        target = self.path / self.layout.step_name(attempt.step)
         try:
-            self._check_target(attempt, target)
+            self._check_target(attempt, self._target(attempt))
             self._write_manifest(attempt, manifest)
-            on_phase("manifest")
+        except BaseException:
+            self.discard(attempt)
+            raise
+        return manifest
+
+    def publish(self, attempt: Attempt, on_phase: OnPhase = lambda phase: None) -> None:
+        """Make visible what was prepared. When it returns, the step survives a power cut.
+
+        `on_phase` hears "abandoned" (if a timeline was left), "renamed", "durable" and "tracked" (if the
+        layout has a tracker), each when that phase has ended. What it raises ends the publish as a
+        failure there would.
+
+        Raises:
+            StepExistsError: somebody else has made it meanwhile.
+            WriteError: the operating system refused; the message says if the step is visible.
+        """
+        target = self._target(attempt)
+        try:
             self._settle()
             if self._leave_timeline(attempt):
                 on_phase("abandoned")
@@ -377,7 +394,9 @@ class CheckpointRoot(RootView):
             self._ceiling = None
             self._unproven = True
         self._prove(attempt, target, on_phase)
-        return manifest
+
+    def _target(self, attempt: Attempt) -> Path:
+        return self.path / self.layout.step_name(attempt.step)
 
     def discard(self, attempt: Attempt) -> None:
         """Give an attempt up. Failing to clean up is logged, not raised: the next start sweeps."""

@@ -245,20 +245,15 @@ class Committer:
             nonlocal visible
             visible = visible or phase == "renamed"
             save.mark(phase)
-            if phase == "manifest":
-                # The last look: a suspended process may have lost the lease, or the trust of others.
-                self._check_lease(save)
-                self._ranks.claim(save.call)
 
         try:
             fragments = self._fragments(save, attempt, files)
-            self._root.publish(
-                attempt,
-                fragments,
-                parts=self._ranks.parts,
-                metadata=save.metadata,
-                on_phase=mark,
-            )
+            self._root.prepare(attempt, fragments, parts=self._ranks.parts, metadata=save.metadata)
+            mark("manifest")
+            # The last look: a suspended process may have lost the lease, or the trust of others.
+            self._check_lease(save)
+            self._ranks.claim(save.call)
+            self._root.publish(attempt, mark)
             save.report.durable_s = save.elapsed_s()
         except BaseException as error:
             self._announce(save, str(error))  # first: whose files vanish shall find out why

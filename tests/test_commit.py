@@ -106,10 +106,13 @@ class Run:
                 self.fs.write_file(attempt.path / name, data)
                 entries.append(FileEntry(name, len(data), BLOCK_NBYTES, crcs(data)))
             ref = self.root.write_fragment(attempt, 0, entries)
+            manifest = self.root.prepare(attempt, [ref])
+            on_phase("manifest")
         except BaseException:
             self.root.discard(attempt)
             raise
-        return self.root.publish(attempt, [ref], on_phase=on_phase)
+        self.root.publish(attempt, on_phase)
+        return manifest
 
 
 def problem_of(view: RootView, entry: StepEntry) -> str | None:
@@ -804,7 +807,8 @@ def test_fragment_of_another_attempt_is_refused(tmp_path: Path, layout: Layout) 
     stolen = (tmp_path / layout.step_name(1) / "asyncckpt_rank_00000.json").read_bytes()
     attempt = root.begin(2, attempt_id(NEW_RUN, 9))
     run.fs.write_file(attempt.path / "asyncckpt_rank_00000.json", stolen)
-    root.publish(attempt, [FragmentRef("asyncckpt_rank_00000.json", len(stolen), zlib.crc32(stolen))])
+    root.prepare(attempt, [FragmentRef("asyncckpt_rank_00000.json", len(stolen), zlib.crc32(stolen))])
+    root.publish(attempt)
     with pytest.raises(CorruptStepError, match="belongs to attempt"):
         root.read_fragments(root.find(2))
 
