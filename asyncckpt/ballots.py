@@ -53,9 +53,15 @@ class Ballot:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What rank 0 made of it: `error` is None if the step is durable."""
+    """What rank 0 made of it.
+
+    Attributes:
+        error: None if the step is durable.
+        is_published: on the first rank's node, though an error came after that: other nodes will follow.
+    """
 
     error: str | None = None
+    is_published: bool = False
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self)).encode()

@@ -24,8 +24,8 @@ import torch
 
 from . import memory, options
 from .capture import Reserve, capture, capture_hidden
-from .commit import CheckpointRoot, attempt_id, new_incarnation, prepare_root
-from .committer import HEARTBEAT_S, Committer
+from .commit import attempt_id
+from .committer import Committer
 from .errors import (
     CaptureError,
     CheckpointError,
@@ -34,7 +34,6 @@ from .errors import (
     ForkedError,
     LoadError,
     OptionError,
-    RankError,
     RootError,
     SaveError,
     SaveTimeoutError,
@@ -43,14 +42,15 @@ from .errors import (
 )
 from .failures import Failures
 from .fence import StepFence
-from .filesystem import Filesystem
 from .formats.manifest import checked_metadata
 from .inflight import ABORT_S, Deadline, PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
 from .layouts.megatron import ModelRank
-from .lease import RootLease, owner_of
+from .lease import RootLease
 from .loader import Loader, Resume
+from .meeting import Disks, meet
 from .packing import Packer
+from .parts import Member
 from .planners import planner_for
 from .ranks import member_of, ranks_of
 from .snapshot import Stager
@@ -113,6 +113,9 @@ class AsyncCheckpointer:
             `store` must be one that all participants reach.
         rank_timeout_s: a rank that shows no sign of life for so long is taken for dead.
         model_rank: which part of the model this rank has, in layout "megatron" where there are several.
+        disks: "shared": all ranks see one root. "node-local": the root is on each node's own disk, under the
+            same path; each keeps what its ranks hold, and a step counts once it is on all. Layout "dcp".
+            To resume from it, each rank must be on the node where it saved.
         on_phase: called with (step, phase) as each phase is reached, on whatever thread reaches it.
 
     One thread trains: it calls save(), fence(), load() and steps the optimizers. Everything that changes
@@ -155,6 +158,7 @@ class AsyncCheckpointer:
         parts: Mapping[str, int] | None = None,
         rank_timeout_s: float = 60.0,
         model_rank: ModelRank | None = None,
+        disks: Disks = "shared",
         on_phase: PhaseObserver | None = None,
     ) -> None:
         options.check_choice("on_error", on_error, ("raise", "warn"))
@@ -162,6 +166,7 @@ class AsyncCheckpointer:
         options.check_choice("fencing", fencing, ("hooks", "manual"))
         options.check_choice("pack", pack, ("auto", "always", "never"))
         options.check_choice("when_busy", when_busy, ("wait", "skip"))
+        options.check_choice("disks", disks, ("shared", "node-local"))
         options.check_positive(
             writers=writers, max_in_flight=max_in_flight, keep_last=keep_last, keep_every=keep_every
         )
@@ -181,6 +186,8 @@ class AsyncCheckpointer:
         member, store = member_of(store, rank, world_size, part, parts)
         self._part = member.part
         place = layout_named(layout).place(0, member.part)  # refuse wrong names before anything is written
+        if disks == "node-local" and layout != "dcp":
+            raise OptionError(f"disks: on node-local ones, only layout 'dcp' can be saved, not {layout!r}")
         self._on_error = on_error
         self._max_in_flight = max_in_flight
         self._when_busy = when_busy
@@ -195,7 +202,7 @@ class AsyncCheckpointer:
 
         self._lease: RootLease | None = None
         self._committer: Committer | None = None
-        path, fs = Path(os.fsdecode(root)).absolute(), Filesystem()
+        path = Path(os.fsdecode(root)).absolute()
         with ExitStack() as undo:  # what was begun, should the rest fail
             self._ranks = ranks_of(
                 member, store, str(path), timeout_s=fence_timeout_s, silence_s=rank_timeout_s
@@ -204,22 +211,19 @@ class AsyncCheckpointer:
             if not self._ranks.alone and when_busy == "skip":
                 raise OptionError('when_busy: several ranks would not skip the same saves; use "wait"')
             planner = planner_for(place.format, member.rank, member.world_size, model_rank)
-
-            def begin() -> dict[str, Any]:  # on the first rank alone
-                incarnation = new_incarnation()
-                if not read_only:
-                    prepare_root(path, fs)
-                    self._lease = RootLease.acquire(path, owner=incarnation, heartbeat_s=HEARTBEAT_S)
-                    undo.callback(self._lease.release)
-                root = CheckpointRoot(path, layout_named(layout), fs, member.parts)
-                if not read_only:
-                    root.sweep(incarnation)
-                return {"incarnation": incarnation}
-
-            self._incarnation = self._ranks.begin(begin)["incarnation"]
-            if not self._ranks.alone:
-                self._join(path, read_only)
-            self._root = CheckpointRoot(path, layout_named(layout), fs, member.parts)
+            met = meet(
+                path,
+                layout_named(layout),
+                self._ranks,
+                member,
+                disks=disks,
+                read_only=read_only,
+                undo=undo,
+            )
+            self._incarnation, self._root, self._lease = met.incarnation, met.root, met.lease
+            if self._ranks.nodes.are_several:
+                here = self._on_node(member)
+                planner = planner_for(place.format, member.rank, member.world_size, model_rank, here)
             self._loader = Loader(self._root, self._state, self._ranks, member, model_rank)
             if read_only:
                 undo.pop_all()
@@ -255,20 +259,10 @@ class AsyncCheckpointer:
             undo.pop_all()
         atexit.register(self._at_exit)
 
-    def _join(self, path: Path, read_only: bool) -> None:
-        """All ranks see one root, or none goes on."""
-        problem = ""
-        if not read_only and not self._ranks.is_first and owner_of(path) != self._incarnation:
-            problem = (
-                f"{path} is not the directory that {self._ranks.called(0)} sees there; "
-                f"ranks need a filesystem that they share"
-            )
-        try:
-            self._ranks.join(problem)
-        except RankError as error:
-            if problem and problem in str(error):  # else rank 0 has left meanwhile, for another reason
-                raise RootError(problem) from None
-            raise
+    def _on_node(self, member: Member) -> list[int]:
+        """The ranks of this part that write to the same disk."""
+        places = self._ranks.parts.places(member.part)
+        return [places.index(p) for p in self._ranks.nodes.of(member.place).places if p in places]
 
     # -- saving
 

@@ -71,8 +71,9 @@ from .formats.manifest import (
     fragment_name,
 )
 from .layouts import Layout
+from .nodes import Node
 from .parts import Parts
-from .steps import ABANDONED_PREFIX, RootView, StepEntry
+from .steps import ABANDONED_PREFIX, RootView, StepEntry, attempt_of
 
 OnPhase = Callable[[str], None]
 
@@ -161,14 +162,20 @@ class CheckpointRoot(RootView):
     """
 
     def __init__(
-        self, path: Path, layout: Layout, fs: Filesystem | None = None, parts: Parts | None = None
+        self,
+        path: Path,
+        layout: Layout,
+        fs: Filesystem | None = None,
+        parts: Parts | None = None,
+        node: Node | None = None,
     ) -> None:
         """Raises RootError if `path` is not a directory that can be listed; absent is as empty."""
-        super().__init__(path, layout, fs, parts)
+        super().__init__(path, layout, fs, parts, node)
         self._lock = threading.Lock()  # guards the fields below; never held during I/O
         self._resumed_from: int | None = None
         self._ceiling: int | None = None  # steps above it belong to a timeline that was left
         self._unproven = False  # the last rename may not survive a power cut
+        self._partial: frozenset[str] = frozenset()  # attempts that other nodes lack
         entries = self.entries()
         hidden = self._abandoned()
         self._newest = max((entry.step for entry in entries if entry.committed), default=-1)
@@ -327,7 +334,7 @@ class CheckpointRoot(RootView):
             self._ceiling = None
 
     def next_ordinal(self) -> int:
-        """The place of the next commit in the order of all. A failure may leave a gap: two never share one."""
+        """Of the next commit, in the order of all. A failure may leave a gap: two never share one."""
         with self._lock:
             self._ordinal += 1
             return self._ordinal
@@ -339,11 +346,13 @@ class CheckpointRoot(RootView):
         *,
         parts: Parts | None = None,
         metadata: Mapping[str, Any] | None = None,
+        ordinal: int | None = None,
     ) -> Manifest:
         """Write the manifest. When it returns, all of the attempt is durable, and a rename makes it a step.
 
         Args:
             parts: who wrote it; None is one rank alone.
+            ordinal: None is the next one.
 
         Raises:
             StepError, StepExistsError: see `check_step`.
@@ -352,7 +361,7 @@ class CheckpointRoot(RootView):
         parts = parts or Parts.none(1)
         manifest = Manifest(
             attempt=attempt.id,
-            ordinal=self.next_ordinal(),
+            ordinal=self.next_ordinal() if ordinal is None else ordinal,
             step=attempt.step,
             layout=self.layout.name,
             world_size=parts.world_size,
@@ -360,6 +369,8 @@ class CheckpointRoot(RootView):
             part_world_sizes=tuple(parts.world_sizes.values()) if parts.declared else (),
             fragments=tuple(fragments),
             metadata=dict(metadata or {}),
+            nodes=self.node.count if self.node is not None else 0,
+            node_ranks=self.node.places if self.node is not None else (),
         )
         try:
             self._check_target(attempt, self._target(attempt))
@@ -369,8 +380,13 @@ class CheckpointRoot(RootView):
             raise
         return manifest
 
-    def publish(self, attempt: Attempt, on_phase: OnPhase = lambda phase: None) -> None:
+    def publish(
+        self, attempt: Attempt, on_phase: OnPhase = lambda phase: None, *, keep: bool = False
+    ) -> None:
         """Make visible what was prepared. When it returns, the step survives a power cut.
+
+        Args:
+            keep: what was prepared, should that fail.
 
         `on_phase` hears "abandoned" (if a timeline was left), "renamed", "durable" and "tracked" (if the
         layout has a tracker), each when that phase has ended. What it raises ends the publish as a
@@ -387,7 +403,8 @@ class CheckpointRoot(RootView):
                 on_phase("abandoned")
             self._rename(attempt, target)
         except BaseException:
-            self.discard(attempt)
+            if not keep:
+                self.discard(attempt)
             raise
         with self._lock:
             self._newest = attempt.step
@@ -423,15 +440,20 @@ class CheckpointRoot(RootView):
         if ceiling is None:
             return False
         entries = self.entries()
-        self._move_tracker_back(attempt, ceiling, entries)
         stale = [entry for entry in entries if entry.step > ceiling]
-        for entry in stale:  # lowest first, each made durable: see the table
-            hidden = self.path / f"{ABANDONED_PREFIX}{entry.path.name}-{attempt.id}"
-            self.fs.rename(entry.path, hidden)
-            self.fs.fsync_dir(self.path)
+        self._move_tracker_back(attempt.id, lambda step: step > ceiling, entries)
+        self._abandon(stale, attempt.id)
         return bool(stale)
 
-    def _move_tracker_back(self, attempt: Attempt, ceiling: int, entries: Collection[StepEntry]) -> None:
+    def _abandon(self, stale: Sequence[StepEntry], attempt: str) -> None:
+        for entry in stale:  # lowest first, each made durable: see the table
+            hidden = self.path / f"{ABANDONED_PREFIX}{entry.path.name}-{attempt}"
+            self.fs.rename(entry.path, hidden)
+            self.fs.fsync_dir(self.path)
+
+    def _move_tracker_back(
+        self, attempt: str, goes: Callable[[int], bool], entries: Collection[StepEntry]
+    ) -> None:
         if self._tracker is None:
             return
         try:
@@ -443,9 +465,9 @@ class CheckpointRoot(RootView):
             if isinstance(cause, OSError):
                 raise WriteError("read", str(self._tracker), cause.errno or errno.EIO) from problem
             return  # 'release': does not name a step that is about to go
-        kept = [entry.step for entry in entries if entry.step <= ceiling and entry.problem is None]
-        if tracked is not None and tracked > ceiling and kept:
-            temporary = self.path / f"{TEMPORARY_PREFIX}back-{attempt.id}"
+        kept = [entry.step for entry in entries if not goes(entry.step) and entry.problem is None]
+        if tracked is not None and goes(tracked) and kept:
+            temporary = self.path / f"{TEMPORARY_PREFIX}back-{attempt}"
             try:
                 self.fs.replace_file(self._tracker, self.layout.tracker_bytes(max(kept)), temporary)
             except WriteError:
@@ -496,8 +518,8 @@ class CheckpointRoot(RootView):
 
         Kept are: the `keep_last` last *committed* (a rollback makes numbers lie), all divisible by
         `keep_every`, those in `protect`, the one resumed from, the one that the tracker names,
-        steps of other tools and damaged ones. Abandoned steps go once `keep_last` steps were
-        committed after them. With `keep_last` None nothing ever goes.
+        steps of other tools and damaged ones. Abandoned steps, and those that other nodes lack, go once
+        `keep_last` steps were committed after them. With `keep_last` None nothing ever goes.
 
         Raises:
             OptionError: a limit below 1.
@@ -513,10 +535,12 @@ class CheckpointRoot(RootView):
             return []
         self._settle()
         tracked = self._tracked_or_none()
-        ours = sorted(
+        all_ours = sorted(
             (entry for entry in self.entries() if entry.manifest is not None and entry.problem is None),
             key=lambda entry: entry.ordinal or 0,
         )
+        partial = [entry for entry in all_ours if attempt_of(entry) in self._partial]
+        ours = [entry for entry in all_ours if entry not in partial]
         doomed = [
             entry
             for entry in ours[:-keep_last]
@@ -527,7 +551,7 @@ class CheckpointRoot(RootView):
         successors_from = ours[-keep_last].ordinal if len(ours) >= keep_last else None
         outlived = [
             entry
-            for entry in self._abandoned()
+            for entry in (*partial, *self._abandoned())
             if successors_from is not None and entry.ordinal is not None and entry.ordinal < successors_from
         ]
         self._delete(doomed + outlived)
@@ -546,8 +570,8 @@ class CheckpointRoot(RootView):
         for path in trash:
             self._empty(path)
 
-    def sweep(self, incarnation: str) -> list[Path]:
-        """Remove what dead runs left half done; `incarnation` is ours, and is spared.
+    def sweep(self, incarnation: str, spared: Collection[str] = ()) -> list[Path]:
+        """Remove what dead runs left half done; `incarnation` is ours, and is spared, as are some attempts.
 
         Only for the holder of the lease. Abandoned steps are not leftovers. What cannot be removed
         is logged.
@@ -555,7 +579,7 @@ class CheckpointRoot(RootView):
         leftovers = []
         for name in self._names():
             match = _LEFTOVER.fullmatch(name)
-            if match is not None and match[1] != incarnation:
+            if match is not None and match[1] != incarnation and not name.endswith(tuple(spared)):
                 leftovers.append(self.path / name)
         return [path for path in leftovers if self._empty(path)]
 

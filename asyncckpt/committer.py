@@ -5,6 +5,12 @@ heartbeat of the lease beside it, which nothing holds up.
     all ballots -> .metadata, manifest -> lease still ours -> rename -> tracker -> retention    rank 0
     outcome                                                     every rank
 
+Where ranks write to the disks of several nodes, the first rank of each does there what rank 0 does on its own
+node, when rank 0 says so:
+
+    all ballots -> "prepare" -> .metadata, manifest    rank 0: all prepared -> lease still ours -> rename
+    -> "publish" -> lease still ours, rename, tracker  rank 0: all published -> outcome -> retention, on each
+
 Guarantees:
 - A save ends, durable or failed, whatever happens to it; whoever waits for it is woken. One that has
   failed ends soon, also if a device hangs that copies for it: what that may still read is held on.
@@ -17,7 +23,8 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from . import closing
@@ -28,8 +35,9 @@ from .formats.distcp import merged_metadata, pickled_names
 from .formats.manifest import FileEntry, FragmentRef
 from .inflight import ABORT_S, Save
 from .lease import RootLease
+from .node_root import NodeRoot
 from .parts import Member
-from .ranks import Ranks
+from .ranks import PREPARE, PUBLISH, Ranks
 from .snapshot import CHUNK_NBYTES, Snapshot, crc32_combine
 
 _log = logging.getLogger(__name__)
@@ -42,7 +50,7 @@ class Committer:
     """Commits saves in the background.
 
     Args:
-        lease: None on all ranks but the first.
+        lease: None on all ranks but the first, and the first of each node.
         keep: keep_last and keep_every of retention.
         on_failure: told of a save that failed, before anybody who waits for it is woken.
         fence_timeout_s: how long a fence waits; a failed save has no longer to let go of training's memory.
@@ -132,7 +140,8 @@ class Committer:
             self._publish(save, files)
             return
         try:
-            ballot = self._part(save, self._in_step(save, self._closed(save, self._written(save))))
+            files = self._in_step(save, self._closed(save, self._written(save)))
+            ballot = self._part(save, files)
         except BaseException as error:
             # Rank 0 removes what has failed for another rank, also what is being written here.
             ended = self._ranks.ended_early(save.call)
@@ -140,7 +149,7 @@ class Committer:
                 self._give_up(save, save.error or error)
                 raise
             raise self._failed_elsewhere(save, ended) from error
-        self._take_part(save, ballot)
+        self._take_part(save, ballot, files)
 
     def _written(self, save: Save) -> tuple[FileEntry, ...]:
         """What was written, once all of it is fsynced and known to be whole."""
@@ -247,49 +256,83 @@ class Committer:
             save.mark(phase)
 
         try:
-            fragments = self._fragments(save, attempt, files)
-            self._root.prepare(attempt, fragments, parts=self._ranks.parts, metadata=save.metadata)
+            self._prepare(save, attempt, files)
             mark("manifest")
             # The last look: a suspended process may have lost the lease, or the trust of others.
             self._check_lease(save)
             self._ranks.claim(save.call)
             self._root.publish(attempt, mark)
+            if self._ranks.nodes.are_several:
+                self._publish_elsewhere(save)
             save.report.durable_s = save.elapsed_s()
         except BaseException as error:
-            self._announce(save, str(error))  # first: whose files vanish shall find out why
+            self._announce(save, str(error), visible)  # first: whose files vanish shall find out why
             if not visible:
                 self._root.discard(attempt)
             raise
         self._announce(save, None)
+        self._retain(save)
+
+    def _prepare(self, save: Save, attempt: Attempt, files: tuple[FileEntry, ...]) -> None:
+        """On all nodes."""
+        several = self._ranks.nodes.are_several
+        if self._ranks.alone:
+            fragments = [self._root.write_fragment(attempt, 0, files)]
+        else:
+            own = self._ballot(save)
+            ballots = self._ranks.collect(save.call, own)
+            save.mark("voted")
+        ordinal = self._root.next_ordinal()
+        if several:
+            self._ranks.lead(save.call, PREPARE, {"ordinal": ordinal, "metadata": save.metadata})
+            ballots = self._ranks.ballots(save.call, own)
+        if not self._ranks.alone:
+            fragments = self._fragments(save, attempt, files, ballots)
+        self._root.prepare(
+            attempt, fragments, parts=self._ranks.parts, metadata=save.metadata, ordinal=ordinal
+        )
+        if several:
+            self._ranks.await_done(save.call, PREPARE)
+
+    def _publish_elsewhere(self, save: Save) -> None:
+        self._ranks.lead(save.call, PUBLISH, {})
+        try:
+            self._ranks.await_done(save.call, PUBLISH)
+        except RankError as error:
+            raise RankError(
+                f"step {save.step} is whole, and published on some nodes alone; the others follow with the "
+                f"next save or start: {error}"
+            ) from error
+        save.mark("everywhere")
+
+    def _retain(self, save: Save) -> None:
         try:
             if self._root.retain(*self._keep):
                 save.mark("retained")
         except CheckpointError as error:
             _log.warning("older steps could not be removed, the next save tries again: %s", error)
 
-    def _announce(self, save: Save, error: str | None) -> None:
+    def _announce(self, save: Save, error: str | None, is_published: bool = False) -> None:
         try:
-            self._ranks.announce(save.call, Outcome(error))
+            self._ranks.announce(save.call, Outcome(error, is_published))
         except RankError as silent:  # they will find out by themselves
             _log.warning("the other ranks could not be told: %s", silent)
 
-    def _fragments(self, save: Save, attempt: Attempt, files: tuple[FileEntry, ...]) -> list[FragmentRef]:
-        """Of all ranks, ours last written: it lists each `.metadata` that describes several."""
-        if self._ranks.alone:
-            return [self._root.write_fragment(attempt, 0, files)]
-        own = self._ballot(save)
-        ballots = self._ranks.collect(save.call, own)
-        save.mark("voted")
+    def _fragments(
+        self, save: Save, attempt: Attempt, files: tuple[FileEntry, ...], ballots: Sequence[Ballot]
+    ) -> list[FragmentRef]:
+        """Of all ranks on this disk, ours last written: it lists each `.metadata` that describes several."""
         described = []
         for part in self._ranks.parts.world_sizes:
-            of_part = [ballots[place] for place in self._ranks.parts.places(part)]
-            if of_part[0].layout:  # else each of its ranks describes what it wrote
+            places = self._ranks.parts.places(part)
+            of_part = [ballot for ballot in ballots if ballot.rank in places]
+            if of_part and of_part[0].layout:  # else each of its ranks describes what it wrote
                 path = self._root.layout.place(save.step, part)
                 data = self._described(save, part, of_part)
                 described.append(
                     self._root.add_file(attempt, path.path(path.metadata), data, files[0].block_nbytes)
                 )
-        fragments = [self._root.write_fragment(attempt, 0, (*files, *described))]
+        fragments = [self._root.write_fragment(attempt, self._ranks.rank, (*files, *described))]
         for ballot in ballots[1:]:
             if ballot.fragment is None:
                 raise RankError(f"{self._ranks.called(ballot.rank)} voted for files that it did not name")
@@ -303,7 +346,8 @@ class Committer:
         known, data = self._metadata.get(part, ([], b""))
         if made_of != known:
             plan = save.begun()[0].plan
-            data = merged_metadata(self._ranks.layouts(ballots, plan.tree, plan.layout))
+            layouts = self._ranks.layouts(ballots, plan.tree, plan.layout)
+            data = merged_metadata(layouts, of_all=not self._ranks.nodes.are_several)
             self._metadata[part] = (made_of, data)
         self._warn_of_differences(ballots)
         return data
@@ -330,6 +374,8 @@ class Committer:
 
     def _part(self, save: Save, files: tuple[FileEntry, ...]) -> Ballot:
         snapshot, attempt = save.begun()
+        if self._ranks.leads:  # its fragment comes last
+            return self._ballot(save)
         fragment = self._root.write_fragment(attempt, self._ranks.rank, files)
         self._root.settle_part(attempt)
         ballot = self._ballot(save, fragment)
@@ -337,18 +383,57 @@ class Committer:
             self._ranks.say_layout(ballot, snapshot.plan.tree, snapshot.plan.layout)
         return ballot
 
-    def _take_part(self, save: Save, ballot: Ballot) -> None:
+    def _take_part(self, save: Save, ballot: Ballot, files: tuple[FileEntry, ...]) -> None:
         self._ranks.vote(save.call, ballot)
         save.mark("voted")
+        if self._ranks.leads:
+            self._follow(save, ballot, files)
         outcome = self._ranks.outcome(save.call)
         if outcome.error is not None:
             raise self._failed_elsewhere(save, outcome)
         self._root.note_published(save.step)
         save.report.durable_s = save.elapsed_s()
-        save.mark("durable")
+        save.mark("durable" if not self._ranks.leads else "everywhere")
+        if self._ranks.leads:
+            self._retain(save)
+
+    def _follow(self, save: Save, own: Ballot, files: tuple[FileEntry, ...]) -> None:
+        """The first rank of another node than rank 0's: prepare and publish there, when rank 0 says so."""
+        root, attempt = self._root, save.begun()[1]
+        assert isinstance(root, NodeRoot)
+        what = self._ranks.led(save.call, PREPARE)
+        if what is None:
+            return
+        with self._telling(save, PREPARE):
+            try:
+                ballots = self._ranks.ballots(save.call, own)
+                fragments = self._fragments(save, attempt, files, ballots)
+                root.prepare(attempt, fragments, parts=self._ranks.parts, **what)
+            except BaseException:
+                root.discard(attempt)
+                raise
+        save.mark("manifest")
+        if self._ranks.led(save.call, PUBLISH) is None:
+            if self._ranks.outcome_of(save.call).is_published:
+                root.owe(attempt)
+            return
+        root.owe(attempt)
+        with self._telling(save, PUBLISH):
+            self._check_lease(save)
+            root.pay(save.mark)
+
+    @contextmanager
+    def _telling(self, save: Save, what: str) -> Iterator[None]:
+        """Tell rank 0 how it went."""
+        try:
+            yield
+        except BaseException as error:
+            self._ranks.did(save.call, what, str(error) or repr(error))
+            raise
+        self._ranks.did(save.call, what)
 
     def _failed_elsewhere(self, save: Save, outcome: Outcome) -> RankError:
-        if save.attempt is not None:
+        if save.attempt is not None and not outcome.is_published:
             self._root.discard(save.attempt)  # whoever wrote last removes what rank 0 could not
         return RankError(f"step {save.step} was not saved: {outcome.error}")
 

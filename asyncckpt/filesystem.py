@@ -28,6 +28,24 @@ Observer = Callable[[str, str], None]
 _log = logging.getLogger(__name__)
 
 
+def boot_id() -> str:
+    """Of the machine, since it was started; empty if it is unknown: then nobody is of this boot."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def disk_of(directory: Path) -> str:
+    """The same for whoever sees this very directory, or none, from this machine; from another one, never."""
+    machine = boot_id() or os.uname().nodename
+    try:
+        status = os.stat(directory)
+    except FileNotFoundError:
+        return machine
+    return f"{machine} {status.st_dev} {status.st_ino}"
+
+
 class Filesystem:
     """The real filesystem. Threads may share one; it has no state of its own."""
 

@@ -43,6 +43,7 @@ from pathlib import Path
 from types import TracebackType
 
 from .errors import RootBusyError, RootError, WriteError
+from .filesystem import boot_id
 
 LEASE_NAME = ".asyncckpt-lease"
 
@@ -169,7 +170,7 @@ class RootLease:
             record = LeaseRecord(
                 owner=owner if owner is not None else secrets.token_hex(8),
                 hostname=os.uname().nodename,
-                boot_id=_boot_id(),
+                boot_id=boot_id(),
                 pid=os.getpid(),
                 since=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 count=0,
@@ -352,10 +353,3 @@ def _names(path: Path, fd: int) -> bool:
 def _let_go(key: tuple[int, int]) -> None:
     with _held_lock:
         _held.discard(key)
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""  # unknown: then nobody is of this boot, and staleness is observed

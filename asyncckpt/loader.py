@@ -34,10 +34,12 @@ from .formats.manifest import FileEntry
 from .layouts.dcp import own_path
 from .layouts.megatron import ModelRank
 from .layouts.place import Place
+from .node_root import NodeRoot
+from .nodes import Inventory, numbered
 from .parts import Member
 from .ranks import Ranks
 from .state import TrainingState
-from .steps import StepEntry
+from .steps import StepEntry, attempt_of
 from .tree import OWN_SECTIONS, Matching
 
 _log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ _FAILED = "failed: "  # and for what ends the load
 
 
 def _attempt_of(entry: StepEntry) -> tuple[int, str]:
-    return entry.step, entry.manifest.attempt if entry.manifest is not None else ""
+    return entry.step, attempt_of(entry)
 
 
 class Loader:
@@ -107,8 +109,17 @@ class Loader:
         passed_over: list[str] = []
         tried: set[tuple[int, str]] = set()
         self._ranks.converse()
+
+        def choose(said: list[bytes]) -> dict[str, Any]:
+            return self._choose(tried, passed_over, [Inventory.from_bytes(word) for word in said])
+
         while True:
-            chosen = self._ranks.choose(lambda: self._choose(tried, passed_over))
+            chosen = self._ranks.consult(
+                self._inventory(),
+                self._ranks.nodes.leaders if self._ranks.nodes.are_several else (),
+                choose,
+            )
+            passed_over += chosen["lacking"]
             if chosen["bad"] is not None:
                 self.must_load = f"no step under {self._root.path} is good"
                 raise NoIntactStepError(chosen["bad"])
@@ -126,23 +137,53 @@ class Loader:
                 _log.warning("step %d is passed over: %s", step, error)
                 passed_over.append(f"step {step}: {error}")
 
-    def _choose(self, tried: set[tuple[int, str]], passed_over: list[str]) -> dict[str, Any]:
-        """The next step to try, or none, or why none is good; for all ranks."""
+    def _inventory(self) -> bytes:
+        """What lies on this node's disk, where there are several."""
+        return self._root.inventory().to_bytes() if isinstance(self._root, NodeRoot) else b""
+
+    def _choose(
+        self, tried: set[tuple[int, str]], passed_over: list[str], nodes: list[Inventory]
+    ) -> dict[str, Any]:
+        """The next step to try, or none, or why none is good; for all ranks.
+
+        Args:
+            nodes: what lies on each node, where there are several.
+        """
         promise = self._root.broken_promise()  # before the listing: a tracker moves when its step is there
+        lacking: list[str] = []
         entry = self._next(tried)
+        while entry is not None and not all(node.has(*_attempt_of(entry)) for node in nodes):
+            lacking.append(f"step {entry.step}: {self._lacking(entry, nodes)}")
+            tried.add(_attempt_of(entry))
+            entry = self._next(tried)
         ever = entry is not None or bool(tried) or self._root.ever_committed()
+        ever = ever or any(node.ever for node in nodes)
         if entry is None and ever:
             entry = self._next(tried)  # the first step may have come in between
+        chosen: dict[str, Any] = {"step": None, "bad": None, "lacking": lacking}
         if entry is not None:
             step, attempt = _attempt_of(entry)
-            return {"step": step, "attempt": attempt, "bad": None}
+            return {**chosen, "step": step, "attempt": attempt}
         if not ever:
             self._root.refuse_other_layout()
             for entry in self._root.entries():
                 _log.warning("%s is not loaded: %s", entry.path, entry.problem)
-            return {"step": None, "bad": promise}
-        reasons = "\n  ".join(passed_over) or "all were abandoned or removed"
-        return {"step": None, "bad": f"no step under {self._root.path} is good:\n  {reasons}"}
+            return {**chosen, "bad": promise}
+        elsewhere = {found.step for node in nodes for found in node.published.values()}
+        lacking += [
+            f"step {step}: on the disks of other nodes, not on that of {self._ranks.called(0)}"
+            for step in sorted(elsewhere - {number for number, _ in tried})
+        ]
+        reasons = "\n  ".join([*passed_over, *lacking]) or "all were abandoned or removed"
+        return {**chosen, "bad": f"no step under {self._root.path} is good:\n  {reasons}"}
+
+    def _lacking(self, entry: StepEntry, nodes: list[Inventory]) -> str:
+        """Why a step is not good on all nodes."""
+        if entry.problem is not None:
+            return entry.problem
+        of_nodes = zip(self._ranks.nodes.groups, nodes, strict=True)
+        without = [numbered(places) for places, node in of_nodes if not node.has(*_attempt_of(entry))]
+        return f"not on the disk of rank(s) {' nor on that of '.join(without)}"
 
     def _next(self, tried: set[tuple[int, str]]) -> StepEntry | None:
         """The best step not tried yet. The root is listed anew each time: retention of the run that owns it
@@ -163,13 +204,13 @@ class Loader:
     def step(self, step: int, strict: bool, trusted: bool, verify_first: bool) -> Resume:
         """See `AsyncCheckpointer.load`."""
         self._ranks.converse()
-        chosen = self._ranks.choose(lambda: {"step": step})["step"]
+        chosen = self._ranks.choose(lambda: {"step": step, "attempt": self._attempt_here(step)})
 
         def find() -> StepEntry:
-            if chosen != step:
+            if chosen["step"] != step:
                 first = self._ranks.called(0)
-                raise RankError(f"{self._member} loads step {step} where {first} loads step {chosen}")
-            return self._root.find(step)
+                raise RankError(f"{self._member} loads step {step} where {first} loads step {chosen['step']}")
+            return self._root.find(step) if chosen["attempt"] is None else self._find(step, chosen["attempt"])
 
         return self._load(find, strict, trusted, (), verify_first)
 
@@ -216,9 +257,18 @@ class Loader:
         seconds = time.perf_counter() - began_s
         return Resume(entry.step, entry.path, not entry.foreign, passed_over, seconds, metadata, left)
 
+    def _attempt_here(self, step: int) -> str | None:
+        try:
+            return attempt_of(self._root.find(step))
+        except StepNotFoundError:
+            return None
+
     @property
     def _share(self) -> tuple[int, int]:
-        return self._member.rank, self._member.world_size
+        """This rank's, of what the ranks of its part that see the same disk verify."""
+        places = self._ranks.parts.places(self._member.part)
+        here = [place for place in self._ranks.nodes.of(self._member.place).places if place in places]
+        return here.index(self._member.place), len(here)
 
     def _place(self, entry: StepEntry) -> Place:
         return self._root.layout.place(entry.step, self._member.part)
@@ -305,6 +355,7 @@ class Loader:
                 trusted=trusted,
                 model_rank=self._model_rank,
                 shared=self._state.shared_paths(),
+                is_whole=entry.manifest is None or not entry.manifest.nodes,
             )
             own = place.path(own_path(self._member.rank))
             if own in (files.entries or ()) and self._has_as_many_ranks(entry):

@@ -31,6 +31,7 @@ import torch.distributed
 
 from .ballots import Ballot, Outcome, check_alike, digest
 from .errors import OptionError, RankError
+from .nodes import Nodes
 from .parts import MAIN, Member, Parts
 from .patience import Pauses, Watch
 from .store import CALL_TIMEOUT_S, StoreClient
@@ -41,6 +42,8 @@ _BEATS_PER_SILENCE = 6
 _CLAIMED = 1 << 32  # more than ranks can count
 _EAGER_S = 0.05  # between two signs of life while ranks are still joining
 _WORD_LENGTH_MAX = 4096  # n ranks fetch the words of n
+
+PREPARE, PUBLISH = "prepare", "publish"  # what nodes do together, in this order
 
 
 class Ranks:
@@ -92,6 +95,7 @@ class Ranks:
         self._layout_said = self._tree_said = ""
         self._generation = 0  # of conversations; rank 0 counts them, the others follow
         self._turn = 0  # in this conversation
+        self.nodes = Nodes.one(world_size)  # until somebody knows better
         self._joined = threading.Event()
 
     @property
@@ -103,6 +107,11 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this is the rank that publishes."""
         return self.rank == 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first rank of a node."""
+        return self.nodes.of(self.rank).places[0] == self.rank
 
     def called(self, *ranks: int) -> str:
         """What messages call them."""
@@ -323,7 +332,7 @@ class Ranks:
     def say_layout(self, ballot: Ballot, tree: bytes, layout: bytes) -> None:
         """Tell rank 0 where this rank's items lie, unless it knows, and what the leaves are, unless some rank
         has told it the same. Before the vote: whoever dies in between fails the save of all."""
-        if self._client is None or self.is_first or not ballot.layout:
+        if self._client is None or self.leads or not ballot.layout:
             return
         if ballot.tree != self._tree_said:
             key = f"{self._run}/tree/{ballot.tree}"
@@ -381,9 +390,20 @@ class Ranks:
         }
         return [rank for rank in ranks if rank not in voted]
 
+    def ballots(self, save: int, own: Ballot) -> list[Ballot]:
+        """The first rank of a node, once all ranks have voted: the ballots of that node."""
+        assert self._client is not None
+        places = self.nodes.of(self.rank).places
+        others = [place for place in places if place != self.rank]
+        said = self._client.get_all([self._slot(place) for place in others])
+        parts = [data.partition(b" ") for data in said]
+        if any(int(number) != save for number, _, _ in parts):
+            raise RankError(f"a rank of this node went on before save {save} was decided")
+        return [own, *(Ballot.from_bytes(ballot) for _, _, ballot in parts)]
+
     def layouts(self, ballots: Sequence[Ballot], tree: bytes, layout: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """Rank 0: what the leaves of each rank are, and where its items lie, by rank; its own are handed in.
-        Fetched only where they changed, and unpacked one by one: all of them would be gigabytes."""
+        """The first rank of a node: what the leaves of each rank are, and where its items lie, by rank; its
+        own are handed in. Fetched only where they changed, unpacked one by one: all would be gigabytes."""
         assert self._client is not None
         others = [ballot for ballot in ballots if ballot.rank != self.rank]
         self._trees.update({ballot.tree: tree for ballot in ballots if ballot.rank == self.rank})
@@ -400,7 +420,7 @@ class Ranks:
             yield self._trees[ballot.tree], layout if own else zlib.decompress(self._layouts[ballot.rank][1])
 
     def tree_of(self, ballot: Ballot) -> bytes:
-        """Rank 0: what the leaves of a rank are, of which `layouts` has told before."""
+        """What the leaves of a rank are, of which `layouts` has told before."""
         return self._trees[ballot.tree]
 
     def claim(self, save: int) -> None:
@@ -421,7 +441,7 @@ class Ranks:
         self._client.set(f"{self._run}/{save}/outcome", outcome.to_bytes())
         self._said += 1
         # The outcome stays: a rank may come late to a save that another rank's failure has ended.
-        self._client.delete(f"{self._run}/{save}/voted", f"{self._run}/{save}/failed")
+        self._client.delete(f"{self._run}/{save}/voted", f"{self._run}/{save}/failed", *self._said_to(save))
 
     def ended_early(self, save: int) -> Outcome | None:
         """The others: how it ended, if it has ended before this rank has voted."""
@@ -438,19 +458,78 @@ class Ranks:
         """
         assert self._client is not None
         key = f"{self._run}/{save}/outcome"
+        self._await_first(save, [key])
+        outcome = self.outcome_of(save)
+        self._hear()
+        return outcome
+
+    def outcome_of(self, save: int) -> Outcome:
+        """The others: how it ended, which is known to be said."""
+        assert self._client is not None
+        return Outcome.from_bytes(self._client.get(f"{self._run}/{save}/outcome"))
+
+    def _await_first(self, save: int, keys: Sequence[str]) -> None:
+        """Until rank 0 has set one of the keys."""
+        assert self._client is not None
         try:
-            self._await([key], [0], "to publish")
+            self._await(keys[:1], [0], "to publish", or_any=keys[1:])
         except RankError:
             # Rank 0 may only be slow. Whoever comes first decides: it to publish, or we to go on without.
             if self._client.add(f"{self._run}/{save}/decided", 1) < _CLAIMED:
                 raise
             try:
-                self._await([key], [0], "to publish")
+                self._await(keys[:1], [0], "to publish", or_any=keys[1:])
             except RankError as silent:
                 raise RankError(f"{silent} It was about to publish: the step may be there, whole") from silent
-        outcome = Outcome.from_bytes(self._client.get(key))
-        self._hear()
-        return outcome
+
+    # -- a save to disks of several nodes
+
+    def lead(self, save: int, to: str, what: Mapping[str, Any]) -> None:
+        """Rank 0: tell the first ranks of the other nodes what to do next."""
+        assert self._client is not None
+        self._client.put_large(f"{self._run}/{save}/{to}", json.dumps(what).encode())
+
+    def led(self, save: int, to: str) -> dict[str, Any] | None:
+        """The first ranks of the other nodes: what to do next; None if the save ended instead.
+
+        Raises:
+            RankError: rank 0 does not say so in time, or shows no sign of life.
+        """
+        assert self._client is not None
+        key, outcome = f"{self._run}/{save}/{to}", f"{self._run}/{save}/outcome"
+        self._await_first(save, [key, outcome])
+        if self._client.has(outcome):  # it may have been said, and be gone already
+            return None
+        what: dict[str, Any] = json.loads(self._client.get_large(key))
+        return what
+
+    def did(self, save: int, to: str, problem: str = "") -> None:
+        """The first ranks of the other nodes: it is done, or why not."""
+        assert self._client is not None
+        self._client.set(f"{self._run}/{save}/{to}/{self.rank}", problem[:_WORD_LENGTH_MAX].encode())
+        if problem:
+            self._hear()  # whatever the others make of it
+
+    def await_done(self, save: int, to: str) -> None:
+        """Rank 0: until the first ranks of all other nodes did it.
+
+        Raises:
+            RankError: one could not, or did not in time; it is named.
+        """
+        assert self._client is not None
+        others = [place for place in self.nodes.leaders if place != self.rank]
+        keys = [f"{self._run}/{save}/{to}/{place}" for place in others]
+        self._await(keys, others, f"to {to} on its node")
+        for place, problem in zip(others, self._client.get_all(keys), strict=True):
+            if problem:
+                raise RankError(f"{self.called(place)}: {problem.decode()}")
+
+    def _said_to(self, save: int) -> list[str]:
+        """What the first ranks of nodes tell each other in a save."""
+        if not self.nodes.are_several:
+            return []
+        heads = [f"{self._run}/{save}/{to}" for to in (PREPARE, PUBLISH)]
+        return [*heads, *(f"{head}/{place}" for head in heads for place in self.nodes.leaders[1:])]
 
     # -- a load
 
@@ -486,18 +565,39 @@ class Ranks:
         Raises:
             RankError: rank 0 does not answer; or it failed: then rank 0 raises what `choose` raised.
         """
+        return self.consult(b"", (), lambda _: choose())
+
+    def consult(
+        self, word: bytes, among: Sequence[int], decide: Callable[[list[bytes]], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Rank 0 decides (JSON) from what ranks `among` all say, in their order; all get it.
+
+        Raises:
+            RankError: one says nothing in time, rank 0 does not answer; or it failed: then rank 0 raises what
+                `decide` raised.
+        """
         if self._client is None:
-            return choose()
+            return decide([word] if among else [])
         key = self._next_turn()
         if self.is_first:
             try:
-                chosen = choose()
+                chosen = decide(self._words(key, word, among))
             except BaseException as error:
                 self._tell(key, {"error": f"{type(error).__name__}: {error}"})
                 raise
             self._tell(key, chosen)
             return chosen
-        return dict(self._told(key, "to choose a step"))
+        if self.rank in among:
+            self._client.put_large(f"{key}/{self.rank}", word)
+        return dict(self._told(key, "to decide"))
+
+    def _words(self, key: str, own: bytes, among: Sequence[int]) -> list[bytes]:
+        assert self._client is not None
+        others = [rank for rank in among if rank != self.rank]
+        if others:
+            self._await([f"{key}/{rank}" for rank in others], others, "to say what it has")
+        words = iter(self._client.take_large([f"{key}/{rank}" for rank in others]))
+        return [own if rank == self.rank else next(words) for rank in among]
 
     def all_say(self, word: str) -> list[str]:
         """What every rank says, by rank, on every rank; the first few thousand letters of it.
@@ -543,14 +643,19 @@ class Ranks:
 
     # -- waiting
 
-    def _await(self, keys: Sequence[str], ranks: Collection[int], to: str) -> None:
-        """Wait until the keys are there; `ranks` set one each, or one of them all."""
+    def _await(
+        self, keys: Sequence[str], ranks: Collection[int], to: str, or_any: Sequence[str] = ()
+    ) -> None:
+        """Wait until the keys are there, or one of some others; `ranks` set one each, or one of them all."""
         assert self._client is not None
-        # Whoever waits for rank 0 does so with all the others, and it may be waiting for one of them.
-        timeout_s = self._timeout_s * (1 if self.is_first else 2)
+        # Whoever waits for rank 0 does so with all the others, and it may be waiting for one of them: once,
+        # and where there are several nodes, once more for each to prepare and to publish.
+        timeout_s = self._timeout_s * (1 if self.is_first else 4 if self.nodes.are_several else 2)
         deadline = Pauses(timeout_s, polling=1 if self.is_first else self.world_size)
         watched = self._watch([rank for rank in ranks if rank != self.rank])
         while not self._client.has(*keys):
+            if any(self._client.has(key) for key in or_any):
+                return
             silent = watched.silent(lambda late: self._lacking(keys, ranks, late))
             odd = self._told_of_other_parts(ranks, enough=silent is not None)
             if odd is not None:

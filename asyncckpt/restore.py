@@ -156,6 +156,7 @@ def read_tree(
     trusted: bool = False,
     model_rank: ModelRank | None = None,
     shared: Sequence[str] = (),
+    is_whole: bool = True,
 ) -> dict[str, Any]:
     """The tree of a part of a step, with a StoredTensor for every tensor.
 
@@ -163,6 +164,7 @@ def read_tree(
         model_rank: which part of a model this process has, where a tree has parts.
         shared: paths of files that ranks wrote together, of which this process has something; their contents
             come in the branch for those, by path.
+        is_whole: False where other nodes have the rest of what ranks have together.
 
     Raises:
         CorruptStepError: something cannot be parsed.
@@ -174,21 +176,21 @@ def read_tree(
             tree[SHARED_BRANCH] = {path: _read_any(files, place.path(path), trusted) for path in shared}
         return tree
     if place.format == "megatron-dist":
-        return _read_megatron_dist(files, place, trusted)
+        return _read_megatron_dist(files, place, trusted, is_whole)
     if place.format == "driver":
         return _read_driver(files, place, trusted)
     if place.format == "rlinf-dcp":
-        return from_rlinf(_read_dcp(files, place.path(place.metadata), trusted))
-    return _read_dcp(files, place.path(place.metadata), trusted)
+        return from_rlinf(_read_dcp(files, place.path(place.metadata), trusted, is_whole))
+    return _read_dcp(files, place.path(place.metadata), trusted, is_whole)
 
 
-def _read_dcp(files: StepFiles, described_in: str, trusted: bool) -> dict[str, Any]:
-    items, paths = _read_items(files, described_in, trusted)
+def _read_dcp(files: StepFiles, described_in: str, trusted: bool, is_whole: bool) -> dict[str, Any]:
+    items, paths = _read_items(files, described_in, trusted, is_whole)
     return unflatten((_as_path(paths.get(name), name), value) for name, value in items.items())
 
 
 def _read_items(
-    files: StepFiles, described_in: str, trusted: bool
+    files: StepFiles, described_in: str, trusted: bool, is_whole: bool
 ) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """What `.metadata` describes, by name; and the paths that it has for some of the names."""
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
@@ -236,14 +238,15 @@ def _read_items(
         return _part(ref, file_of(info), offsets)
 
     def leaf(name: str, described: Any) -> Any:
-        if name not in places:
+        if name not in places and (is_whole or isinstance(described, BytesStorageMetadata)):
             raise CorruptStepError(files.path(described_in), f"{name} is described but stored nowhere")
         if isinstance(described, BytesStorageMetadata):
             _, info = places[name][0]
             return _stored(item(info), file_of(info))
         stored: list[StoredPart | UnparsedPart] = []
-        sizes = _sizes_of(described) if len(places[name]) > 1 else {}
-        for index, info in places[name]:
+        found = places.get(name, [])
+        sizes = _sizes_of(described) if len(found) > 1 else {}
+        for index, info in found:
             offsets = tuple(index.offset) if index.offset is not None else (0,) * len(described.size)
 
             def part(info: Any = info, offsets: tuple[int, ...] = offsets) -> StoredPart:
@@ -256,7 +259,8 @@ def _read_items(
             if not _inside(offsets, stored[-1].shape, described.size):
                 raise CorruptStepError(files.path(described_in), f"{name}: a chunk lies outside of it")
         tensor = StoredTensor(described.properties.dtype, tuple(described.size), tuple(stored))
-        if not distcp.tile(tensor.shape, [(part.offsets, part.shape) for part in tensor.parts]):
+        boxes = [(part.offsets, part.shape) for part in tensor.parts]
+        if not (distcp.tile(tensor.shape, boxes) if is_whole else distcp.are_apart(tensor.shape, boxes)):
             raise CorruptStepError(files.path(described_in), f"{name}: its chunks do not tile it")
         return tensor
 
@@ -298,7 +302,7 @@ def _read_megatron(files: StepFiles, place: Place, trusted: bool, model_rank: Mo
     return from_megatron(read_zip(files, place.path(model_rank.model_path), trusted=trusted))
 
 
-def _read_megatron_dist(files: StepFiles, place: Place, trusted: bool) -> dict[str, Any]:
+def _read_megatron_dist(files: StepFiles, place: Place, trusted: bool, is_whole: bool) -> dict[str, Any]:
     """`torch_dist`: what is sharded goes to its branches by name, as one mapping for all ranks."""
     config_path = place.path(CONFIG_PATH)
     try:
@@ -310,7 +314,7 @@ def _read_megatron_dist(files: StepFiles, place: Place, trusted: bool) -> dict[s
         ) from None
     if backend != ("torch_dist", 1):
         raise LoadError(f"{files.path(config_path)} names {backend}; only ('torch_dist', 1) is read here")
-    items, _ = _read_items(files, place.path(place.metadata), trusted)
+    items, _ = _read_items(files, place.path(place.metadata), trusted, is_whole)
     newer = items.pop(COMMON_ITEM, None)
     if isinstance(newer, list) and len(newer) == 1 and isinstance(newer[0], Mapping):
         return from_megatron_dist(newer[0], items)

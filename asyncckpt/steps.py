@@ -19,6 +19,7 @@ from .errors import CorruptStepError, LoadError, OptionError, RootError, StepNot
 from .filesystem import OF_THIS_PROCESS, Filesystem
 from .formats.manifest import FRAGMENT_PREFIX, MANIFEST_NAME, Fragment, Manifest
 from .layouts import LAYOUTS, Layout
+from .nodes import Node, numbered
 from .parts import Parts
 
 ABANDONED_PREFIX = ".abandoned-"
@@ -57,14 +58,31 @@ class StepEntry:
         return not self.foreign or self.problem is None
 
 
+def attempt_of(entry: StepEntry) -> str:
+    """Which save it is; empty where no manifest says so."""
+    return entry.manifest.attempt if entry.manifest is not None else ""
+
+
 class RootView:
     """The steps under one root, for those who only read. Thread-safe: it keeps nothing."""
 
     def __init__(
-        self, path: Path, layout: Layout, fs: Filesystem | None = None, parts: Parts | None = None
+        self,
+        path: Path,
+        layout: Layout,
+        fs: Filesystem | None = None,
+        parts: Parts | None = None,
+        node: Node | None = None,
     ) -> None:
-        """An absent root is an empty one. `parts`: those that a step of another tool must have."""
+        """An absent root is an empty one.
+
+        Args:
+            parts: who reads; a step of another tool must have those that were declared.
+            node: where the root is on a node's own disk, that node.
+        """
         self.path = path
+        self.node = node
+        self._readers = parts
         self._parts = tuple(parts.world_sizes) if parts is not None and parts.declared else ()
         self.layout = layout
         self.fs = fs if fs is not None else Filesystem()
@@ -237,7 +255,20 @@ class RootView:
             wrong = f"{path} holds step {manifest.step}: it was renamed"
         elif manifest.layout != self.layout.name:
             wrong = f"{path} has layout {manifest.layout}, not {self.layout.name}"
+        elif manifest.nodes:
+            wrong = self._other_node(path, manifest)
         return StepEntry(step, path, manifest, False, wrong)
+
+    def _other_node(self, path: Path, manifest: Manifest) -> str | None:
+        """Why what ranks have saved to their node's own disk is not for who reads it; None if it is."""
+        saved = f"{path} is what ranks {numbered(manifest.node_ranks)} of {manifest.world_size} saved"
+        if self.node is None:
+            return f'{saved} to the disk of their node; load it there, with disks="node-local"'
+        sizes = self._readers.world_sizes if self._readers is not None else {}
+        if self.node.place not in manifest.node_ranks or dict(sizes) != manifest.world_sizes:
+            here = f"rank {self.node.place} of {sum(sizes.values())}"
+            return f"{saved} to the disk of their node, and this is {here}: each must be where it saved"
+        return None
 
     def _look_at_foreign(self, step: int, path: Path, tracked: int | None) -> StepEntry | None:
         try:

@@ -307,6 +307,17 @@ class StoredTensor:
             ),
         )
 
+    def covers(self, block: Block) -> bool:
+        """Whether all of a block is there; parts do not overlap. Of what is on one node, it may not be."""
+        there = 0
+        for part in self.parts:
+            common = [
+                min(a + n, b + m) - max(a, b)
+                for a, n, b, m in zip(part.offsets, part.shape, block.offsets, block.shape, strict=True)
+            ]
+            there += _elements(common) if all(size > 0 for size in common) else 0
+        return there == _elements(block.shape)
+
 
 class NeededTensor(NamedTuple):
     """The parts of a stored tensor that a block of it needs; there may be more."""
@@ -416,11 +427,15 @@ class Matching:
     def _read_box(
         self, name: str, stored: StoredTensor, offsets: tuple[int, ...], live: torch.Tensor
     ) -> None:
-        block = Block(stored.shape, offsets, tuple(live.shape), Holders("", ()))
-        self.reads.append(Read(name, stored.needed(block), block, live))
+        self._read_block(name, stored, Block(stored.shape, offsets, tuple(live.shape), Holders("", ())), live)
 
     def _read(self, name: str, stored: StoredTensor, live: torch.Tensor) -> None:
-        block = self._blocks.of(name, live)
+        self._read_block(name, stored, self._blocks.of(name, live), live)
+
+    def _read_block(self, name: str, stored: StoredTensor, block: Block, live: torch.Tensor) -> None:
+        if not stored.covers(block):
+            self.differences.append(f"{name}: not all of what is here of it was saved on this node")
+            return
         self.reads.append(Read(name, stored.needed(block), block, live))
 
     def fresh(self, name: str, stored: Any, like: torch.Tensor | None = None) -> Any:

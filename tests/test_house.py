@@ -36,9 +36,14 @@ def imports_of(path: Path) -> Iterator[str]:
 
 GRAPH = {name_of(path): set(imports_of(path)) for path in MODULES}
 
-PURE = {"asyncckpt.plan", "asyncckpt.packing", "asyncckpt.parts", "asyncckpt.shards", "asyncckpt.trial"} | {
-    name for name in GRAPH if name.startswith(("asyncckpt.planners", "asyncckpt.layouts"))
-}
+PURE = {
+    "asyncckpt.nodes",
+    "asyncckpt.plan",
+    "asyncckpt.packing",
+    "asyncckpt.parts",
+    "asyncckpt.shards",
+    "asyncckpt.trial",
+} | {name for name in GRAPH if name.startswith(("asyncckpt.planners", "asyncckpt.layouts"))}
 
 
 def users_of(target: str) -> set[str]:
@@ -102,11 +107,12 @@ def test_only_those_who_agree_know_the_other_ranks() -> None:
         "asyncckpt.checkpointer",
         "asyncckpt.committer",
         "asyncckpt.loader",
+        "asyncckpt.meeting",
     }
 
 
 def test_commit_and_lease_know_nothing_of_torch() -> None:
-    for room in ("commit", "steps", "lease", "filesystem", "formats.manifest", "parts"):
+    for room in ("commit", "node_root", "nodes", "steps", "lease", "filesystem", "formats.manifest", "parts"):
         assert not {i for i in GRAPH[f"asyncckpt.{room}"] if i.split(".")[0] in ("torch", "numpy")}
 
 

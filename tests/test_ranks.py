@@ -439,7 +439,7 @@ def test_a_first_rank_that_does_not_answer_is_named(store: TCPStore) -> None:
     world = make(store, timeout_s=SOON_S)
     with pytest.raises(RankError, match=r"rank 0 took longer than 0.8 s to publish"):
         world[1].outcome(1)
-    with pytest.raises(RankError, match=r"rank 0 took longer than 0.8 s to choose a step"):
+    with pytest.raises(RankError, match=r"rank 0 took longer than 0.8 s to decide"):
         world[1].choose(dict)
 
 

@@ -371,8 +371,11 @@ class _Leaf:
         self.pieces: dict[_Sizes, tuple[str, int, int, _Sizes]] = {}
 
 
-def merged_metadata(packed: Iterable[tuple[bytes, bytes]]) -> bytes:
+def merged_metadata(packed: Iterable[tuple[bytes, bytes]], *, of_all: bool = True) -> bytes:
     """The contents of `.metadata` for the items of several ranks: of each, `pack_tree` and `pack_layout`.
+
+    Args:
+        of_all: False where these are some of the ranks, whose pieces need not be the whole of a tensor.
 
     Raises:
         LeafError: the pieces of a tensor are not the whole of it, or ranks disagree on what it is.
@@ -393,7 +396,8 @@ def merged_metadata(packed: Iterable[tuple[bytes, bytes]]) -> bytes:
             here[place].pieces.setdefault(known.setdefault(offsets, offsets), piece)
     described = _Description()
     for fqn, leaf in leaves.items():
-        _check_whole(fqn, leaf)
+        if of_all or leaf.form is None:
+            _check_whole(fqn, leaf)
         if leaf.form is None:
             file, offset, nbytes, _ = leaf.pieces[()]
             described.add_bytes(fqn, file, Span(offset, nbytes))
@@ -434,14 +438,18 @@ def _check_whole(fqn: str, leaf: _Leaf) -> None:
 def tile(whole: _Sizes, boxes: Iterable[tuple[_Sizes, _Sizes]]) -> bool:
     """Whether boxes, each its offsets and its shape, cover a tensor of shape `whole`, each element once."""
     filled = [(offsets, shape) for offsets, shape in boxes if prod(shape)]
+    # With as many elements as the whole, it is covered unless two overlap.
+    return sum(prod(shape) for _, shape in filled) == prod(whole) and are_apart(whole, filled)
+
+
+def are_apart(whole: _Sizes, boxes: Iterable[tuple[_Sizes, _Sizes]]) -> bool:
+    """Whether boxes lie within a tensor of shape `whole`, and none over another."""
+    filled = [(offsets, shape) for offsets, shape in boxes if prod(shape)]
     if any(a < 0 or a + n > size for box in filled for a, n, size in zip(*box, whole, strict=True)):
         return False
-    if sum(prod(shape) for _, shape in filled) != prod(whole):
-        return False
-    if not whole:
-        return True
-    # As many elements as the whole: it is covered unless two overlap. Sorted along the dimension that has
-    # the most places, a box needs to be compared with few others.
+    if not whole or not filled:
+        return len(filled) <= 1
+    # Sorted along the dimension that has the most places, a box needs to be compared with few others.
     along = max(range(len(whole)), key=lambda dim: len({offsets[dim] for offsets, _ in filled}))
     filled.sort(key=lambda box: box[0][along])
     for index, (offsets, shape) in enumerate(filled):

@@ -180,10 +180,12 @@ class Manifest:
         world_size: number of ranks that took part.
         parts: names of the groups of processes that took part; ("main",) where none were declared.
         metadata: the user's own; anything JSON.
-        fragments: one per rank.
+        fragments: one per rank; on node-local disks, those of the ranks on this node.
         format_version: of the manifest itself.
         part_world_sizes: of each part, in their order; empty where none were declared. Ranks are numbered
             over all parts in this order, and so are fragments.
+        nodes: on how many node-local disks the step is; 0 where all ranks share one filesystem.
+        node_ranks: whose part of it lies on this one, numbered as fragments are; empty where all share.
     """
 
     attempt: str
@@ -196,6 +198,8 @@ class Manifest:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     part_world_sizes: tuple[int, ...] = ()
+    nodes: int = 0
+    node_ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_text("attempt", self.attempt)
@@ -213,6 +217,11 @@ class Manifest:
             or len(set(self.parts)) != len(self.parts)
         ):
             raise ValueError(f"parts {self.parts} of {self.part_world_sizes} ranks are not {self.world_size}")
+        _check_int("nodes", self.nodes, 0)
+        for rank in self.node_ranks:
+            _check_int("node_ranks", rank, 0)
+        if bool(self.nodes) != bool(self.node_ranks):
+            raise ValueError(f"{self.nodes} nodes, and this is that of ranks {self.node_ranks}")
         if not self.fragments:
             raise ValueError("a manifest needs at least one fragment")
         _check_unique(ref.path for ref in self.fragments)
@@ -240,6 +249,7 @@ class Manifest:
                 "world_size": self.world_size,
                 "parts": list(self.parts),
                 **({"part_world_sizes": list(self.part_world_sizes)} if self.part_world_sizes else {}),
+                **({"nodes": self.nodes, "node_ranks": list(self.node_ranks)} if self.nodes else {}),
                 "metadata": metadata,
                 "fragments": fragments,
             }
@@ -266,6 +276,8 @@ class Manifest:
                 fragments=tuple(_fragment_ref(_Record(raw, where)) for raw in body.take("fragments", list)),
                 format_version=body.take("format_version", int),
                 part_world_sizes=tuple(body.take("part_world_sizes", list, [])),
+                nodes=body.take("nodes", int, 0),
+                node_ranks=tuple(body.take("node_ranks", list, [])),
             )
         )
         return manifest

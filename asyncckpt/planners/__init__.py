@@ -5,6 +5,8 @@ A planner belongs to one thread. Pure, as `plan` is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..errors import OptionError
 from ..layouts import rlinf_tree
 from ..layouts.megatron import ModelRank
@@ -28,9 +30,16 @@ _RLINF = Arrangement(DCP_DIRECTORY, rlinf_tree.shared_tree, rlinf_tree.stored_pa
 
 
 def planner_for(
-    form: str, rank: int = 0, world_size: int = 1, model_rank: ModelRank | None = None
+    form: str,
+    rank: int = 0,
+    world_size: int = 1,
+    model_rank: ModelRank | None = None,
+    here: Sequence[int] | None = None,
 ) -> Planner:
     """The planner of a format (see `layouts.Place`), for one of `world_size` ranks.
+
+    Args:
+        here: the ranks that write to the same disk, where that is not all of them.
 
     Raises:
         OptionError: nothing says which part of the model the rank has, or the format is one rank's.
@@ -50,4 +59,4 @@ def planner_for(
         return DriverPlanner()
     if form == "megatron-dist":
         return MegatronDistPlanner(rank, world_size)
-    return DcpPlanner(rank, world_size, _RLINF if form == "rlinf-dcp" else None)
+    return DcpPlanner(rank, world_size, _RLINF if form == "rlinf-dcp" else None, here)

@@ -1,7 +1,7 @@
 """Plans of DCP directories: what one rank writes of a tree that all ranks have together.
 
-__{rank}_0.distcp   one item per tensor or piece of one that this rank writes; rank 0: and python leaves
-.metadata           which item of which file holds what; of several ranks, rank 0 writes it at the end
+__{rank}_0.distcp   one item per tensor or piece of one that this rank writes; the first: and python leaves
+.metadata           which item of which file holds what; of several ranks, the first writes it at the end
 rank_00003.pt       what is a rank's own: generators, sampler; only where there are several ranks
 
 Tools that keep such files elsewhere, under names of their own, have an `Arrangement`.
@@ -83,16 +83,30 @@ class Arrangement(NamedTuple):
 class DcpPlanner(PlanCache):
     """Tensors first, then python leaves. Tied tensors (same memory, shape and strides) are one item under
     several names. What several ranks hold, they write in equal shares, where training keeps it equal; of
-    all else that is plain, the first rank's is written."""
+    all else that is plain, the first rank's is written. On each node's own disk, all of that lies that its
+    ranks hold: they alone share the work, and the first of them is the first rank.
 
-    def __init__(self, rank: int = 0, world_size: int = 1, arrangement: Arrangement | None = None) -> None:
+    Args:
+        here: the ranks that write to the same disk; None is all.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        arrangement: Arrangement | None = None,
+        here: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         import torch.distributed.checkpoint.filesystem  # noqa: F401 -- else the first save pays for it
 
         self._rank = rank
+        self._here = None if here is None else frozenset(here)
+        self._is_first = rank == min(here or (0,))
         self._alone = world_size == 1
         self._arrangement = arrangement
         self._blocks = Blocks(world_size)
+        self._known_sharing: dict[Holders, Holders] = {}
         self._sources: list[_Source] = []
         self._weights: SharedPlan | None = None
         self._said_no_weights = False
@@ -131,7 +145,7 @@ class DcpPlanner(PlanCache):
         crcs = () if self._alone else tuple(map(_comparable, others, pickles))
 
         shared = list(zip(others, pickles, strict=True))
-        written = [(leaf.name, pickled) for leaf, pickled in shared] if self._rank == 0 else []
+        written = [(leaf.name, pickled) for leaf, pickled in shared] if self._is_first else []
         if apart:
             for leaf in flatten(own):
                 refuse_unreachable(leaf)
@@ -188,6 +202,18 @@ class DcpPlanner(PlanCache):
             )
         return block
 
+    def _on_disk(self, block: Block) -> Block:
+        """The same with those holders alone who share the work of writing it to this disk."""
+        if self._here is None:
+            return block
+        return replace(block, holders=self._sharing(block.holders))
+
+    def _sharing(self, holders: Holders) -> Holders:
+        assert self._here is not None
+        if holders not in self._known_sharing:
+            self._known_sharing[holders] = Holders.of([r for r in holders.ranks if r in self._here])
+        return self._known_sharing[holders]
+
     def _lay_out(
         self,
         signature: object,
@@ -205,7 +231,9 @@ class DcpPlanner(PlanCache):
             called.setdefault(item, leaf.name)
         blocks = [self._block(called[item], tensor) for item, tensor in enumerate(unique)]
         firsts = {item for _, item, form in tensors if form[-1]}
-        sources = _sources(unique, blocks, firsts, self._rank)
+        sources = _sources(
+            unique, [self._on_disk(block) for block in blocks], firsts, self._rank, self._is_first
+        )
 
         builder = ImageBuilder(self._in_directory(data_path(self._rank)))
         file = data_path(self._rank)  # as `.metadata`, which lies beside it, has it
@@ -227,7 +255,7 @@ class DcpPlanner(PlanCache):
         names += self._weights.names if self._weights is not None else ()
         numbers = number_storages(names, written)
         for index, (leaf, storages) in enumerate(zip(others, numbers, strict=False)):
-            if self._rank == 0:
+            if self._is_first:
                 span = distcp.lay_out_bytes(builder, index, slots[index], storages)
                 entries.append(distcp.Entry(stored[leaf.name].name, file, span))
         images = [builder.build()]
@@ -306,7 +334,11 @@ def _placement(tensor: torch.Tensor) -> object:
 
 
 def _sources(
-    unique: Sequence[torch.Tensor], blocks: Sequence[Block], firsts: Collection[int], rank: int
+    unique: Sequence[torch.Tensor],
+    blocks: Sequence[Block],
+    firsts: Collection[int],
+    rank: int,
+    is_first: bool,
 ) -> list[_Source]:
     """What this rank writes, in the order of the items; `firsts` are those that the first rank writes."""
     locals_ = [local_of(tensor) for tensor in unique]
@@ -316,7 +348,7 @@ def _sources(
     mine_of = dict(zip(shared, shares(table, rank), strict=True))
     found = []
     for item, (block, local) in enumerate(zip(blocks, locals_, strict=True)):
-        mine = mine_of.get(item, ((0, local.numel()),) if rank == 0 else ())
+        mine = mine_of.get(item, ((0, local.numel()),) if is_first else ())
         if not local.numel() and 0 not in block.whole:
             continue  # nothing of it is here
         for begin, end in mine:

@@ -1,0 +1,115 @@
+"""The steps on a node's own disk: prepared here, published once the first rank's node has published.
+
+Guarantee: what is published on one node is published on all, at the latest when a run starts: so no rank of
+a job ever loads a step that another rank has not. See `nodes` for what becomes of what.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from .commit import TEMPORARY_PREFIX, Attempt, CheckpointRoot, OnPhase, attempt_id
+from .errors import LoadError, RootError, StepExistsError
+from .formats.manifest import MANIFEST_NAME, Manifest
+from .nodes import Found, Inventory, Verdict
+from .steps import StepEntry, attempt_of
+
+_PREPARED = re.compile(re.escape(TEMPORARY_PREFIX) + r"(?P<step>.+)-(?P<attempt>[0-9a-f]{16}-[0-9]{6,})")
+
+_log = logging.getLogger(__name__)
+
+
+class NodeRoot(CheckpointRoot):
+    """As `CheckpointRoot`, of one node of several. The first participant on it publishes there."""
+
+    _owed: tuple[Attempt, ...] = ()  # prepared here, and published elsewhere
+
+    def inventory(self) -> Inventory:
+        """What lies here."""
+        return Inventory(
+            published={attempt_of(e): _found(e.manifest) for e in self._whole() if e.manifest is not None},
+            prepared={attempt.id: _found(manifest) for attempt, manifest in self._prepared()},
+            abandoned={
+                attempt_of(e): _found(e.manifest) for e in self._abandoned() if e.manifest is not None
+            },
+            foreign=tuple(entry.step for entry in self._whole() if entry.foreign),
+            ever=self.ever_committed(),
+        )
+
+    def recover(self, verdict: Verdict, incarnation: str) -> None:
+        """Bring what lies here to the state that all nodes have agreed on; only for the holder of the lease.
+
+        Raises:
+            WriteError: the operating system refused; the next start goes on.
+            RootError: something is in the way.
+        """
+        stale = [entry for entry in self.entries() if attempt_of(entry) in verdict.abandon]
+        numbers = {entry.step for entry in stale}
+        if stale:
+            self._move_tracker_back(attempt_id(incarnation, 0), lambda n: n in numbers, self.entries())
+        self._abandon(stale, attempt_id(incarnation, 0))
+        prepared = {attempt.id: (attempt, manifest) for attempt, manifest in self._prepared()}
+        for name in verdict.forward:
+            if name in prepared:
+                self._catch_up(*prepared[name])
+        self.sweep(incarnation, verdict.spared)
+        with self._lock:
+            self._partial = frozenset(verdict.partial)
+            self._ordinal = max(self._ordinal, verdict.ordinal)
+        for entry in self.entries():
+            if attempt_of(entry) in verdict.partial:
+                _log.warning("%s is not loaded: other nodes lack it", entry.path)
+
+    def _catch_up(self, attempt: Attempt, manifest: Manifest) -> None:
+        if self._tracker is not None:
+            known = [e.manifest for e in self._whole() if e.manifest is not None]
+            newest = max((*known, manifest), key=lambda each: each.ordinal)
+            self.fs.unlink(self._staged_tracker(attempt))
+            self.fs.write_file(self._staged_tracker(attempt), self.layout.tracker_bytes(newest.step))
+        try:
+            self.publish(attempt, keep=True)
+        except StepExistsError as error:
+            raise RootError(f"{error}; other nodes have published what is prepared here: move it") from error
+        _log.warning("%s was published on another node, and now is here", self._target(attempt))
+
+    def owe(self, attempt: Attempt) -> None:
+        """What is prepared here was published elsewhere, and is not published here yet."""
+        self._owed = (*self._owed, attempt)
+
+    def pay(self, on_phase: OnPhase = lambda phase: None) -> None:
+        """Publish what is owed, oldest first. `on_phase` hears of the newest.
+
+        Raises:
+            StepExistsError, WriteError: see `publish`; what was not published is still owed.
+        """
+        while self._owed:
+            attempt, *rest = self._owed
+            self.publish(attempt, (lambda phase: None) if rest else on_phase, keep=True)
+            self._owed = tuple(rest)
+
+    def _whole(self) -> list[StepEntry]:
+        return [entry for entry in self.entries() if entry.problem is None]
+
+    def _prepared(self) -> list[tuple[Attempt, Manifest]]:
+        found = []
+        for name in self._names():
+            match = _PREPARED.fullmatch(name)
+            step = self.layout.parse_step(match["step"]) if match else None
+            if match is None or step is None:
+                continue
+            manifest = self._manifest_in(self.path / name)
+            if manifest is not None and (manifest.attempt, manifest.step) == (match["attempt"], step):
+                found.append((Attempt(manifest.attempt, step, self.path / name, ()), manifest))
+        return found
+
+    def _manifest_in(self, path: Path) -> Manifest | None:
+        try:
+            return Manifest.from_bytes(self.fs.read(path / MANIFEST_NAME), str(path))
+        except (OSError, LoadError):
+            return None
+
+
+def _found(manifest: Manifest) -> Found:
+    return Found(manifest.step, manifest.ordinal, manifest.nodes)
