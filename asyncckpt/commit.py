@@ -135,7 +135,7 @@ def prepare_root(path: Path, fs: Filesystem) -> None:
     directory = path
     try:
         while not directory.is_dir():
-            if directory.exists() or directory.is_symlink():
+            if (directory.exists() or directory.is_symlink()) and not directory.is_dir():  # nor made just now
                 raise RootError(f"{directory} is not a directory; checkpoints need a directory of their own")
             absent.append(directory)
             directory = directory.parent

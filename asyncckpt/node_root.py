@@ -50,10 +50,11 @@ class NodeRoot(CheckpointRoot):
         if stale:
             self._move_tracker_back(attempt_id(incarnation, 0), lambda n: n in numbers, self.entries())
         self._abandon(stale, attempt_id(incarnation, 0))
-        prepared = {attempt.id: (attempt, manifest) for attempt, manifest in self._prepared()}
+        prepared = {attempt.id: attempt for attempt, _ in self._prepared()}
         for name in verdict.forward:
             if name in prepared:
-                self._catch_up(*prepared[name])
+                self._catch_up(prepared[name])
+        self._track(verdict.newest, incarnation)
         self.sweep(incarnation, verdict.spared)
         with self._lock:
             self._partial = frozenset(verdict.partial)
@@ -62,17 +63,22 @@ class NodeRoot(CheckpointRoot):
             if attempt_of(entry) in verdict.partial:
                 _log.warning("%s is not loaded: other nodes lack it", entry.path)
 
-    def _catch_up(self, attempt: Attempt, manifest: Manifest) -> None:
+    def _catch_up(self, attempt: Attempt) -> None:
         if self._tracker is not None:
-            known = [e.manifest for e in self._whole() if e.manifest is not None]
-            newest = max((*known, manifest), key=lambda each: each.ordinal)
             self.fs.unlink(self._staged_tracker(attempt))
-            self.fs.write_file(self._staged_tracker(attempt), self.layout.tracker_bytes(newest.step))
+            self.fs.write_file(self._staged_tracker(attempt), self.layout.tracker_bytes(attempt.step))
         try:
             self.publish(attempt, keep=True)
         except StepExistsError as error:
             raise RootError(f"{error}; other nodes have published what is prepared here: move it") from error
         _log.warning("%s was published on another node, and now is here", self._target(attempt))
+
+    def _track(self, newest: str, incarnation: str) -> None:
+        """The tracker is the same on all nodes: it names the step that was committed last."""
+        entry = next((entry for entry in self._whole() if newest and attempt_of(entry) == newest), None)
+        if self._tracker is not None and entry is not None and self._tracked_or_none() != entry.step:
+            temporary = self.path / f"{TEMPORARY_PREFIX}forward-{attempt_id(incarnation, 0)}"
+            self.fs.replace_file(self._tracker, self.layout.tracker_bytes(entry.step), temporary)
 
     def owe(self, attempt: Attempt) -> None:
         """What is prepared here was published elsewhere, and is not published here yet."""
@@ -81,9 +87,19 @@ class NodeRoot(CheckpointRoot):
     def pay(self, on_phase: OnPhase = lambda phase: None) -> None:
         """Publish what is owed, oldest first. `on_phase` hears of the newest.
 
+        What belongs to a timeline that was left is removed instead: elsewhere it is abandoned now.
+
         Raises:
             StepExistsError, WriteError: see `publish`; what was not published is still owed.
         """
+        with self._lock:
+            ceiling = self._ceiling
+        *older, newest = self._owed
+        if ceiling is not None:
+            for attempt in older:
+                if attempt.step > ceiling:
+                    self.discard(attempt)
+            self._owed = (*(attempt for attempt in older if attempt.step <= ceiling), newest)
         while self._owed:
             attempt, *rest = self._owed
             self.publish(attempt, (lambda phase: None) if rest else on_phase, keep=True)

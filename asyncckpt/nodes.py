@@ -142,6 +142,7 @@ class Verdict:
         abandon: to be hidden where they are visible.
         spared: prepared, and not to be removed.
         partial: visible on some nodes alone, once all this is done.
+        newest: the last committed of those that all have, once all this is done; "" if there is none.
         ordinal: the largest on any node.
     """
 
@@ -149,6 +150,7 @@ class Verdict:
     abandon: tuple[str, ...]
     spared: tuple[str, ...]
     partial: tuple[str, ...]
+    newest: str
     ordinal: int
 
     def to_fields(self) -> dict[str, Any]:
@@ -156,8 +158,9 @@ class Verdict:
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> Verdict:
-        kinds = {name: tuple(value) for name, value in fields.items() if name != "ordinal"}
-        return Verdict(**kinds, ordinal=fields["ordinal"])
+        single = {"newest", "ordinal"}
+        attempts = {name: tuple(value) for name, value in fields.items() if name not in single}
+        return Verdict(**attempts, newest=fields["newest"], ordinal=fields["ordinal"])
 
 
 def verdict(inventories: Sequence[Inventory]) -> Verdict:
@@ -176,21 +179,22 @@ def verdict(inventories: Sequence[Inventory]) -> Verdict:
     in_order = sorted(known, key=lambda attempt: (known[attempt].ordinal, attempt))
     abandon = [a for a in in_order if some(a, "abandoned") and some(a, "published")]
     published = [a for a in in_order if some(a, "published") and a not in abandon]
-    whole = {a for a in published if everywhere(a, "published", "prepared")}
-    newest = max((known[a].ordinal for a in whole), default=0)
+    whole = [a for a in published if everywhere(a, "published", "prepared")]
+    newest = whole[-1] if whole else ""
     spared = [
         a
         for a in in_order
         if some(a, "prepared")
         and a not in whole
         and known[a].nodes > len(inventories)
-        and known[a].ordinal > newest
+        and not (newest and known[a].ordinal < known[newest].ordinal)
     ]
     return Verdict(
         forward=tuple(a for a in published if a in whole and some(a, "prepared")),
         abandon=tuple(abandon),
         spared=tuple(spared),
         partial=tuple(a for a in published if a not in whole),
+        newest=newest,
         ordinal=max((found.ordinal for found in known.values()), default=0),
     )
 
