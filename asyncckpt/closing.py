@@ -34,12 +34,14 @@ class Handed:
     Attributes:
         digest: of the file as this rank lays it out; see `SharedPart`.
         runs: what it wrote itself.
-        edges: the file with the rest of what it has; None if there is no rest.
+        edges: the file with the rest of what it has; None if there is no rest, or it is `held`.
+        held: that rest, where it did not come through a file.
     """
 
     digest: str
     runs: tuple[Run, ...]
     edges: FileEntry | None
+    held: bytes = b""
 
 
 def to_bytes(handed: Mapping[str, Handed]) -> bytes:
@@ -104,7 +106,7 @@ def close_file(
             part.image,
             part.spans,
             {rank: one.runs for rank, one in handed.items()},
-            lambda rank: _read(fs, attempt, handed[rank].edges),
+            lambda rank: handed[rank].held or _read(fs, attempt, handed[rank].edges),
             block_nbytes,
             combine,
         )

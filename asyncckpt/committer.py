@@ -26,8 +26,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
-from . import closing
+from . import closing, transfer
 from .ballots import Ballot, Outcome, digest
 from .commit import Attempt, CheckpointRoot
 from .errors import CheckpointError, RankError, RootError, SaveError
@@ -37,8 +38,10 @@ from .inflight import ABORT_S, Save
 from .lease import RootLease
 from .node_root import NodeRoot
 from .parts import Member
+from .plan import SharedPart
 from .ranks import PREPARE, PUBLISH, Ranks
 from .snapshot import CHUNK_NBYTES, Snapshot, crc32_combine
+from .transfer import Parcel, Pipes
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ class Committer:
         keep: keep_last and keep_every of retention.
         on_failure: told of a save that failed, before anybody who waits for it is woken.
         fence_timeout_s: how long a fence waits; a failed save has no longer to let go of training's memory.
+        silence_s: a rank that we exchange slices with, and that does nothing for so long, is given up.
     """
 
     def __init__(
@@ -65,12 +69,14 @@ class Committer:
         fence_timeout_s: float,
         ranks: Ranks,
         member: Member,
+        silence_s: float,
     ) -> None:
         self._root = root
         self._lease = lease
         self._ranks = ranks
         self._member = member
         # Of each part the last .metadata, and the digests of what it was made of.
+        self._pipes = Pipes(ranks, silence_s)
         self._metadata: dict[str, tuple[list[tuple[str, str]], bytes]] = {}
         self._said_different = False
         self._keep = keep
@@ -106,6 +112,7 @@ class Committer:
         """End the threads, once everything taken has ended."""
         self._queue.put(None)
         self._thread.join()
+        self._pipes.close()
         self._stopped.set()
         self._heart.join()
 
@@ -192,10 +199,11 @@ class Committer:
             self._ranks.hand_over(save.call, places[closer], closing.to_bytes(own))
         ours = [part for part in parts if part.closer == self._member.rank]
         contributors = sorted({places[rank] for part in ours for rank in part.contributors()})
-        others = {
-            places.index(place): closing.from_bytes(data)
-            for place, data in self._ranks.take_over(save.call, contributors).items()
-        }
+        here = self._ranks.nodes.of(self._ranks.rank).places
+        others = self._exchanged(save, parts, [place for place in contributors if place not in here])
+        near = [place for place in contributors if place in here]
+        for place, data in self._ranks.take_over(save.call, near).items():
+            others[places.index(place)] = closing.from_bytes(data)
         for part in ours:
             of_all = {rank: said[part.path] for rank, said in others.items() if part.path in said}
             of_all[self._member.rank] = handed[part.path]
@@ -212,6 +220,46 @@ class Committer:
         if ours:
             save.mark("closed")
         return files
+
+    def _exchanged(self, save: Save, parts: Sequence[SharedPart], far: Sequence[int]) -> dict[int, Any]:
+        """Of ranks on other nodes: send what they close of ours, and take what they have of ours to close."""
+        snapshot, attempt = save.begun()
+        places = self._ranks.parts.places(self._member.part)
+        me = self._ranks.rank
+        sending = {places[part.closer] for part in parts if part.apart is not None}
+        handed: dict[int, Any] = {}
+        # In the same order on every rank: nobody waits for one who waits for him.
+        for closer, contributor in sorted({(c, me) for c in sending} | {(me, c) for c in far}):
+            other = closer if contributor == me else contributor
+            rank = places.index(other)
+            pipe = self._pipes.between(save.call, other)
+            try:
+                if other == closer:
+                    parcels = [
+                        Parcel(
+                            part,
+                            attempt.files / snapshot.plan.images[part.apart.number].path,
+                            [snapshot.record_crcs(part.apart.number)[r] for r in part.apart.records],
+                        )
+                        for part in parts
+                        if part.apart is not None and part.closer == rank
+                    ]
+                    transfer.send(pipe, self._root.fs, parcels)
+                else:
+                    theirs = [
+                        part
+                        for part in parts
+                        if part.closer == self._member.rank and rank in part.contributors()
+                    ]
+                    handed[rank] = transfer.receive(
+                        pipe, self._root.fs, attempt, theirs, rank, self._ranks.called(other), CHUNK_NBYTES
+                    )
+            except BaseException:
+                self._pipes.broken(other)
+                raise
+        if handed or sending:
+            save.mark("exchanged")
+        return handed
 
     def _await_release(self, save: Save, snapshot: Snapshot) -> None:
         while not snapshot.wait_released(_LOOK_S):

@@ -14,7 +14,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class Filesystem:
         with self._changing("close", path):  # NFS reports late write errors here
             os.close(fd)
 
-    def write_into(self, path: Path, writes: Sequence[tuple[int, bytes | bytearray]], nbytes: int) -> None:
+    def write_into(self, path: Path, writes: Iterable[tuple[int, bytes | bytearray]], nbytes: int) -> None:
         """Write bytes at offsets of a file, made if it is not there; give it its size, and fsync it."""
         with self._changing("open", path):
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -160,6 +160,28 @@ class Filesystem:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", str(path))
             return file.read()
+
+    def read_ranges(
+        self, path: Path, ranges: Iterable[tuple[int, int]], chunk_nbytes: int
+    ) -> Iterator[bytes]:
+        """What lies at (offset, nbytes) of a file, in no more than `chunk_nbytes` at a time.
+
+        Raises WriteError: what was written cannot be read, which fails a save.
+        """
+        with self._changing("open", path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for begin, nbytes in ranges:
+                at, end = begin, begin + nbytes
+                while at < end:
+                    with self._changing("read", path):
+                        data = os.pread(fd, min(chunk_nbytes, end - at), at)
+                        if not data:
+                            raise OSError(errno.EIO, "ends too early")
+                    at += len(data)
+                    yield data
+        finally:
+            os.close(fd)
 
     def stat(self, path: Path) -> os.stat_result:
         """What `path` is, links followed. Raises OSError."""

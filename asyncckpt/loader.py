@@ -356,6 +356,7 @@ class Loader:
                 model_rank=self._model_rank,
                 shared=self._state.shared_paths(),
                 is_whole=entry.manifest is None or not entry.manifest.nodes,
+                rank=self._member.rank,
             )
             own = place.path(own_path(self._member.rank))
             if own in (files.entries or ()) and self._has_as_many_ranks(entry):

@@ -29,6 +29,22 @@ NO_SLAB = -1  # in place of a slab's number; the same as kNoSlab in csrc/engine.
 
 
 @dataclass(frozen=True, eq=False)
+class Apart:
+    """What a rank has of a file that is closed on another node: in a file of its own.
+
+    Attributes:
+        number: of that file's image in the plan.
+        pieces: int64 [n, 3]: first byte in the shared file, number of bytes, first byte in its own; in the
+            order of the shared file.
+        records: of each piece, its number in the image.
+    """
+
+    number: int
+    pieces: Int64Array
+    records: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class SharedPart:
     """A rank's part of a file that several ranks write; see `formats.slices`.
 
@@ -38,6 +54,7 @@ class SharedPart:
         digest: of all that does not depend on the rank; must be the same on all.
         inside, edges: the images of what this rank writes, by their numbers in the plan; None for nothing.
         image, spans: of the whole file, and who has what of it; on the closer alone.
+        apart: where what this rank has lies instead; None if the closer sees its disk.
     """
 
     path: str
@@ -47,11 +64,13 @@ class SharedPart:
     edges: int | None
     image: FileImage | None = None
     spans: Int64Array | None = None
+    apart: Apart | None = None
 
     def after(self, images: int) -> SharedPart:
         """The same behind so many images."""
         inside, edges = (None if n is None else n + images for n in (self.inside, self.edges))
-        return replace(self, inside=inside, edges=edges)
+        apart = self.apart and replace(self.apart, number=self.apart.number + images)
+        return replace(self, inside=inside, edges=edges, apart=apart)
 
     def contributors(self) -> list[int]:
         """On the closer: the ranks that have any of it."""

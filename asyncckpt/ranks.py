@@ -313,6 +313,30 @@ class Ranks:
             found[rank] = data
         return found
 
+    def meet(self, save: int, other: int, word: int) -> int:
+        """Wait until another rank wants to exchange slices in this save; a number to it, and its own.
+
+        Raises:
+            RankError: it does not come in time, shows no sign of life, or the save has failed elsewhere.
+        """
+        assert self._client is not None
+        client, pair = self._client, f"{self._run}/{save}/pair"
+        failed, outcome = f"{self._run}/{save}/failed", f"{self._run}/{save}/outcome"
+        theirs = f"{pair}/{other}-{self.rank}"
+        client.set(f"{pair}/{self.rank}-{other}", str(word).encode())
+        self._await([theirs], [other], "to exchange slices", or_any=(failed, outcome))
+        if not client.has(theirs):
+            raise RankError(f"{self.called(other)} did not exchange slices: the save has failed elsewhere")
+        word = int(client.get(theirs))
+        client.delete(theirs)
+        return word
+
+    def store_between(self, other: int, generation: int) -> Any:
+        """A store for this rank and another, the same on both."""
+        assert self._client is not None
+        first, last = sorted((self.rank, other))
+        return self._client.raw(f"{self._run}/pipe/{first}-{last}/{generation}")
+
     def _not_said(
         self, save: int, slots: Sequence[str], of: Sequence[int], among: Sequence[int]
     ) -> list[int]:

@@ -38,7 +38,7 @@ from .layouts.place import Place
 from .layouts.rlinf import DATA_NAME
 from .layouts.rlinf_tree import from_rlinf
 from .shards import local_of
-from .shared import SHARED_BRANCH
+from .shared import SHARED_BRANCH, is_slices, slices_path
 from .tree import Read, StoredPart, StoredTensor, UnparsedPart, rebuilt, unflatten
 
 _THREADS = 4
@@ -157,6 +157,7 @@ def read_tree(
     model_rank: ModelRank | None = None,
     shared: Sequence[str] = (),
     is_whole: bool = True,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """The tree of a part of a step, with a StoredTensor for every tensor.
 
@@ -165,15 +166,18 @@ def read_tree(
         shared: paths of files that ranks wrote together, of which this process has something; their contents
             come in the branch for those, by path.
         is_whole: False where other nodes have the rest of what ranks have together.
+        rank: of this process within the part.
 
     Raises:
         CorruptStepError: something cannot be parsed.
         LoadError: it holds what this version cannot load (sparse tensors, say).
     """
     if place.format == "megatron":
-        tree = _read_megatron(files, place, trusted, model_rank or ModelRank())
+        tree = _read_megatron(files, place, trusted, model_rank or ModelRank(), is_whole)
         if shared:
-            tree[SHARED_BRANCH] = {path: _read_any(files, place.path(path), trusted) for path in shared}
+            tree[SHARED_BRANCH] = {
+                path: _read_shared(files, place.path(path), trusted, is_whole, rank) for path in shared
+            }
         return tree
     if place.format == "megatron-dist":
         return _read_megatron_dist(files, place, trusted, is_whole)
@@ -286,10 +290,34 @@ def _as_path(path: Any, name: str) -> tuple[str | int, ...]:
     return (head, rest) if rest else (head,)
 
 
-def _read_megatron(files: StepFiles, place: Place, trusted: bool, model_rank: ModelRank) -> dict[str, Any]:
+def _read_shared(files: StepFiles, name: str, trusted: bool, is_whole: bool, rank: int) -> Any:
+    """A file that ranks wrote together; or, where that lies on another node, what this one has of it."""
+    if is_whole or name in (files.entries or ()):
+        return _read_any(files, name, trusted)
+    return _from_slices(_read_any(files, slices_path(name, rank), trusted))
+
+
+def _from_slices(value: Any) -> Any:
+    """Stored tensors of which slices alone are there, in the places of these."""
+    if is_slices(value):
+        dtype, shape = getattr(torch, value["dtype"]), tuple(value["shape"])
+        parts = zip(value["begins"], value["slices"], strict=True)
+        return StoredTensor(
+            dtype, shape, tuple(one.parts[0]._replace(offsets=(begin,)) for begin, one in parts)
+        )
+    if isinstance(value, dict):
+        return {key: _from_slices(child) for key, child in value.items()}
+    return [_from_slices(child) for child in value] if isinstance(value, list) else value
+
+
+def _read_megatron(
+    files: StepFiles, place: Place, trusted: bool, model_rank: ModelRank, is_whole: bool
+) -> dict[str, Any]:
     directory = files.directory / place.base
     found = {path.name for path in directory.glob("mp_rank_*")}
-    expected = model_rank.directories()
+    expected = model_rank.directories() if is_whole else {model_rank.directory}
+    if not is_whole:  # ranks are known to be where they saved; others' parts may be here or not
+        found &= expected
     if found > expected or (found and not found & expected):
         raise LoadError(
             f"{directory} has the parts of {len(found)} model-parallel ranks ({_some(found)}), here "

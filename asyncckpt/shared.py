@@ -62,6 +62,31 @@ class SharedFile:
     content: Any
 
 
+def slices_path(path: str, rank: int) -> str:
+    """The file of what a rank has of a shared one that lies on another node."""
+    return f"{path}.slices_{rank:05d}"
+
+
+_SLICES = {"dtype", "shape", "begins", "slices"}
+
+
+def to_slices(
+    dtype: torch.dtype, shape: Sequence[int], begins: Sequence[int], slices: Sequence[Any]
+) -> dict[str, Any]:
+    """What stands there for a tensor: some slices of it, each beginning at an element in row-major order."""
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+        "begins": list(begins),
+        "slices": list(slices),
+    }
+
+
+def is_slices(value: Any) -> bool:
+    """Whether it is what `to_slices` made."""
+    return type(value) is dict and set(value) == _SLICES
+
+
 def sliced_in(value: Any) -> Iterator[SlicedTensor]:
     """Every sliced tensor in nested mappings, lists and tuples, in the order of torch.save."""
     if isinstance(value, SlicedTensor):

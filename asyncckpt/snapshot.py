@@ -234,6 +234,10 @@ class Snapshot:
             None if part.edges is None else self._entry(part.edges),
         )
 
+    def record_crcs(self, index: int) -> list[int]:
+        """CRC-32 of each record of an image."""
+        return list(self._job.record_crcs(index))
+
     def _entry(self, index: int) -> FileEntry:
         image = self._plan.images[index]
         return FileEntry(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import torch.distributed as dist
+
 from .errors import RankError
 
 _Result = TypeVar("_Result")
@@ -55,6 +57,10 @@ class StoreClient:
             worker, self._worker = self._worker, None
         if worker is not None:
             worker.end()
+
+    def raw(self, key: str) -> Any:
+        """A torch.distributed store of its own below a key, for those who need one. Its calls may hang."""
+        return dist.distributed_c10d.PrefixStore(self._prefix + key, _own_client(self._shared))
 
     def set(self, key: str, value: bytes) -> None:
         self._call(lambda store: store.set(self._prefix + key, value))

@@ -106,6 +106,12 @@ def inside(spans: Int64Array) -> Int64Array:
     return blocks[begins < ends]
 
 
+def inside_of(begin: int, end: int) -> tuple[int, int]:
+    """The same of one span: both `end` where it has no whole block, as `edges` has it."""
+    first, last = -(-begin // BLOCK) * BLOCK, end // BLOCK * BLOCK
+    return (first, last) if first < last else (end, end)
+
+
 def edges(spans: Int64Array) -> Int64Array:
     """What of the spans is not `inside`: int64 [n, 2], in the order of the spans."""
     begins = -(-spans[:, 0] // BLOCK) * BLOCK

@@ -50,7 +50,7 @@ def planner_for(
                 f"layout 'megatron': nothing says which part of the model each of {world_size} ranks has; "
                 f"pass model_rank, or use layout 'dcp'"
             )
-        return MegatronPlanner(rank, world_size, model_rank)
+        return MegatronPlanner(rank, world_size, model_rank, here)
     if model_rank is not None:
         raise OptionError(f"model_rank: files of format {form!r} have no use for it")
     if form == "driver":

@@ -2,6 +2,7 @@
 
 mp_rank_00/model_optim_rng.pt    one rank of each data-parallel group: model, optimizer's groups, ...
 mp_rank_00/distrib_optim.pt      all ranks of the group: each its slice of the optimizer's state
+mp_rank_00/distrib_optim.pt.slices_00003    those on another node than the group's first: their slices
 rank_00003.pt                    what is a rank's own; only where there are several ranks
 """
 
@@ -27,11 +28,22 @@ from .shared import SharedPlan, lay_out, signature_of
 
 
 class MegatronPlanner(PlanCache):
-    """What one rank writes: the whole tree in one torch.save zip, but for what ranks write together."""
+    """What one rank writes: the whole tree in one torch.save zip, but for what ranks write together.
 
-    def __init__(self, rank: int = 0, world_size: int = 1, model_rank: ModelRank | None = None) -> None:
+    Args:
+        here: the ranks that write to the same disk; None is all.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        model_rank: ModelRank | None = None,
+        here: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self._rank = rank
+        self._here = None if here is None else frozenset(here)
         self._alone = world_size == 1
         self._model_rank = model_rank or ModelRank()
         self._shared: tuple[SharedPlan, ...] = ()
@@ -79,7 +91,7 @@ class MegatronPlanner(PlanCache):
         shared: list[SharedPlan] = []
         for file in files:
             source = len(named) + sum(len(plan.sources) for plan in shared)
-            shared.append(lay_out(file, self._rank, source))
+            shared.append(lay_out(file, self._rank, source, self._here))
         owners: dict[int, str] = {}
         for leaf in flatten(tree):
             for tensor in tensors_in(leaf.value):

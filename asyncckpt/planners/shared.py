@@ -1,14 +1,18 @@
 """Files that several ranks write: this rank's part of their images.
 
 SharedFile -> the image of the whole file, from sizes alone -> who writes which bytes -> this rank's part
+
+What a rank has of a file that is closed on another node goes to a file of its own: its slices, as torch.save
+would write them. From there it is sent to the closer, and from there this rank loads it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +22,8 @@ from ..formats import slices, torch_zip
 from ..formats.image import LITERAL, FileImage, ImageBuilder, Int64Array
 from ..formats.pickles import Elsewhere, pickle_tree
 from ..formats.slices import ZEROS, ZEROS_NBYTES
-from ..plan import SharedPart
-from ..shared import SharedFile, SlicedTensor, sliced_in
+from ..plan import Apart, SharedPart
+from ..shared import SharedFile, SlicedTensor, sliced_in, slices_path, to_slices
 from ..tree import rebuilt
 
 _zeros = torch.zeros(ZEROS_NBYTES, dtype=torch.uint8)
@@ -70,11 +74,14 @@ def signature_of(file: SharedFile) -> object:
     )
 
 
-def lay_out(file: SharedFile, rank: int, first_source: int) -> SharedPlan:
+def lay_out(
+    file: SharedFile, rank: int, first_source: int, here: Collection[int] | None = None
+) -> SharedPlan:
     """This rank's part of a file.
 
     Args:
         first_source: number of the first source of this part in the plan.
+        here: the ranks that write to the same disk; None is all.
 
     Raises:
         LeafError: a piece is not what a slice of the file can be copied from.
@@ -101,6 +108,8 @@ def lay_out(file: SharedFile, rank: int, first_source: int) -> SharedPlan:
     ]
     pieces.sort()
     _check_within(file, pieces, own)
+    if here is not None and file.closer not in here:
+        return _lay_out_apart(file, tensors, image, pieces, rank, first_source)
     part = slices.part_of(
         image, own, [piece[:2] for piece in pieces], edges_path(file.path, rank), first_source
     )
@@ -115,7 +124,7 @@ def lay_out(file: SharedFile, rank: int, first_source: int) -> SharedPlan:
         SharedPart(
             path=file.path,
             closer=file.closer,
-            digest=hashlib.sha256(image.literals + b"%d" % image.nbytes).hexdigest()[:16],
+            digest=_digest(image),
             inside=0 if part.inside is not None else None,
             edges=len(images) - 1 if part.edges is not None else None,
             image=image if is_closer else None,
@@ -123,6 +132,57 @@ def lay_out(file: SharedFile, rank: int, first_source: int) -> SharedPlan:
         ),
         sources,
         names,
+    )
+
+
+def _digest(image: FileImage) -> str:
+    """Of all that does not depend on the rank."""
+    return hashlib.sha256(image.literals + b"%d" % image.nbytes).hexdigest()[:16]
+
+
+def _lay_out_apart(
+    file: SharedFile,
+    tensors: Sequence[SlicedTensor],
+    image: FileImage,
+    pieces: Sequence[tuple[int, int, int, int]],
+    rank: int,
+    first_source: int,
+) -> SharedPlan:
+    """What this rank has of a file, in one of its own."""
+    if not pieces:
+        return SharedPlan((), SharedPart(file.path, file.closer, _digest(image), None, None), (), ())
+    numbers = {id(tensor): index for index, tensor in enumerate(tensors)}
+    placed: dict[int, tuple[int, int]] = {}  # stand-ins: which piece of which tensor
+
+    def stand_in(tensor: SlicedTensor) -> dict[str, Any]:
+        index = numbers[id(tensor)]
+        parts = [(n, begin, piece) for n, (begin, piece) in enumerate(tensor.pieces) if piece.numel()]
+        made = [Elsewhere(tensor.dtype, tuple(piece.shape)) for _, _, piece in parts]
+        placed.update({id(one): (index, n) for one, (n, _, _) in zip(made, parts, strict=True)})
+        return to_slices(tensor.dtype, tensor.shape, [begin for _, begin, _ in parts], made)
+
+    pickled = pickle_tree(rebuilt(file.content, SlicedTensor, stand_in), where=file.path)
+    order = [placed[id(one)] for one in pickled.elsewhere]
+    sizes = [one.nbytes() for one in pickled.elsewhere]
+    path = slices_path(file.path, rank)
+    builder = ImageBuilder(path)
+    storages = list(enumerate(sizes, start=first_source))
+    torch_zip.lay_out(builder, torch_zip.stem_of(path), pickled.data, storages)
+    own = builder.build()
+    rows = own.extents[own.extents[:, 2] != LITERAL].tolist()
+    found = {order[source - first_source]: (offset, record) for offset, _, source, _, record in rows}
+    table = [(offset, nbytes, *found[index, n]) for offset, nbytes, index, n in pieces]
+    apart = Apart(
+        0,
+        np.array([row[:3] for row in table], np.int64).reshape(-1, 3),
+        tuple(row[3] for row in table),
+    )
+    sources = tuple((index, n, 0, nbytes) for (index, n), nbytes in zip(order, sizes, strict=True))
+    return SharedPlan(
+        (own,),
+        SharedPart(file.path, file.closer, _digest(image), None, None, apart=apart),
+        sources,
+        tuple(f"{file.path} (piece {n} of tensor {index})" for index, n in order),
     )
 
 
