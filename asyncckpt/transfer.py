@@ -1,6 +1,6 @@
 """Slices of shared files, from a rank's own file to the rank on another node that closes the shared one.
 
-    own file, fsynced -> 4 MiB at a time over gloo -> whole blocks at their place in the shared file
+    own file, fsynced -> 1 MiB at a time over gloo -> whole blocks at their place in the shared file
                                                       (the edges stay in memory: less than two blocks a slice)
 
 Between the two ranks' background threads alone, over a group of their own: nothing that trains takes part.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,22 +34,25 @@ from .formats.slices import Run
 from .plan import Apart, SharedPart
 from .ranks import Ranks
 
-CHUNK_NBYTES = 4 << 20
+CHUNK_NBYTES = 1 << 20
 
 
 class Pipe:
-    """Between this rank and one other, for one save after the other."""
+    """Between this rank and one other, for one save after the other. What goes through is at most a chunk."""
 
     def __init__(self, group: Any, me: int, called: str) -> None:
         self._group, self._me, self._called = group, me, called
+        self._buffer = torch.empty(CHUNK_NBYTES, dtype=torch.uint8)
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
         """Raises RankError if the other does not take it in time, or is gone."""
-        self._wait(self._group.send([torch.frombuffer(bytearray(data), dtype=torch.uint8)], 1 - self._me, 0))
+        tensor = self._buffer[: len(data)]
+        tensor.numpy().data[:] = data
+        self._wait(self._group.send([tensor], 1 - self._me, 0))
 
     def receive(self, nbytes: int) -> memoryview:
-        """Raises RankError if the other does not send it in time, or is gone."""
-        tensor = torch.empty(nbytes, dtype=torch.uint8)
+        """Good until the next call. Raises RankError if the other does not send it in time, or is gone."""
+        tensor = self._buffer[:nbytes]
         self._wait(self._group.recv([tensor], 1 - self._me, 0))
         return tensor.numpy().data
 
@@ -135,15 +139,19 @@ def send(pipe: Pipe, fs: Filesystem, parcels: Sequence[Parcel]) -> None:
     ]
     _send_whole(pipe, json.dumps(said).encode())
     for parcel in parcels:
-        crc, waiting = 0, bytearray()
+        crc, chunk, filled = 0, memoryview(bytearray(CHUNK_NBYTES)), 0
         for data in _pieces_of(fs, parcel):
             crc = zlib.crc32(data, crc)
-            waiting += data
-            if len(waiting) >= CHUNK_NBYTES:
-                pipe.send(waiting[:CHUNK_NBYTES])
-                del waiting[:CHUNK_NBYTES]
-        if waiting:
-            pipe.send(waiting)
+            rest = memoryview(data)
+            while rest:
+                some = rest[: CHUNK_NBYTES - filled]
+                chunk[filled : filled + len(some)] = some
+                rest, filled = rest[len(some) :], filled + len(some)
+                if filled == CHUNK_NBYTES:
+                    pipe.send(chunk)
+                    filled = 0
+        if filled:
+            pipe.send(chunk[:filled])
         pipe.send(crc.to_bytes(4, "little"))
 
 
@@ -207,7 +215,7 @@ def _receive_one(
     runs: list[Run] = []
     edges = bytearray()
 
-    def writes() -> Iterator[tuple[int, bytes]]:
+    def writes() -> Iterator[tuple[int, bytearray]]:
         for begin, end in own[:, :2].tolist():
             head, tail = slices.inside_of(begin, end)
             edges.extend(stream.pull(begin, head))
@@ -229,40 +237,36 @@ class _Stream:
 
     def __init__(self, pipe: Pipe, pieces: Int64Array, called: str) -> None:
         self._pipe, self._called = pipe, called
-        self._pieces = [(begin, begin + nbytes) for begin, nbytes in pieces.tolist()]
+        self._pieces = deque((begin, begin + nbytes) for begin, nbytes in pieces.tolist())
         self._left = sum(end - begin for begin, end in self._pieces)  # not received yet
         self._buffer = memoryview(b"")
         self._crc = 0
 
-    def pull(self, begin: int, end: int) -> bytes:
+    def pull(self, begin: int, end: int) -> bytearray:
         """What belongs at [begin, end) of the file; to be asked for in order."""
-        found = bytearray()
-        while begin < end:
-            first, last = self._pieces[0] if self._pieces else (end, end)
-            if first > begin:
-                found += bytes(min(first, end) - begin)
-                begin = min(first, end)
-                continue
-            stop = min(last, end)
-            self._take(found, stop - begin)
-            begin = stop
-            self._pieces[0] = (stop, last)
-            if stop == last:
-                self._pieces.pop(0)
-        return bytes(found)
+        found, at = bytearray(end - begin), begin
+        with memoryview(found) as view:
+            while self._pieces and self._pieces[0][0] < end:
+                first, last = self._pieces.popleft()
+                at = max(at, first)
+                stop = min(last, end)
+                self._take(view[at - begin : stop - begin])
+                at = stop
+                if stop < last:
+                    self._pieces.appendleft((stop, last))
+        return found
 
-    def _take(self, into: bytearray, nbytes: int) -> None:
-        while nbytes:
+    def _take(self, into: memoryview) -> None:
+        while into:
             if not self._buffer:
                 if not self._left:
                     raise RankError(f"{self._called} sends less than it has")
                 self._buffer = self._pipe.receive(min(self._left, CHUNK_NBYTES))
                 self._left -= len(self._buffer)
                 self._crc = zlib.crc32(self._buffer, self._crc)
-            some = self._buffer[:nbytes]
-            into += some
-            nbytes -= len(some)
-            self._buffer = self._buffer[len(some) :]
+            some = self._buffer[: len(into)]
+            into[: len(some)] = some
+            into, self._buffer = into[len(some) :], self._buffer[len(some) :]
 
     def end(self) -> None:
         """All was pulled; and it is what was sent."""
