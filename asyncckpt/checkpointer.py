@@ -115,8 +115,8 @@ class AsyncCheckpointer:
         rank_timeout_s: a rank that shows no sign of life for so long is taken for dead.
         model_rank: which part of the model this rank has, in layout "megatron" where there are several.
         disks: "shared": all ranks see one root. "node-local": the root is on each node's own disk, under the
-            same path; each keeps what its ranks hold, and a step counts once it is on all. Layout "dcp" or
-            "megatron". To resume from it, each rank must be on the node where it saved.
+            same path; each keeps what its ranks hold, and a step counts once it is on all. Any layout but
+            "megatron-dist". To resume from it, each rank must be on the node where it saved.
         on_phase: called with (step, phase) as each phase is reached, on whatever thread reaches it.
 
     One thread trains: it calls save(), fence(), load() and steps the optimizers. Everything that changes
@@ -187,8 +187,11 @@ class AsyncCheckpointer:
         member, store = member_of(store, rank, world_size, part, parts)
         self._part = member.part
         place = layout_named(layout).place(0, member.part)  # refuse wrong names before anything is written
-        if disks == "node-local" and place.format not in ("dcp", "megatron"):
-            raise OptionError(f"disks: on node-local ones, {layout!r} is not saved; use 'dcp' or 'megatron'")
+        if disks == "node-local" and place.format == "megatron-dist":
+            raise OptionError(
+                "disks: on node-local ones, format torch_dist is not saved: of what ranks have alike, each "
+                "node would need its own; use layout 'dcp' or 'megatron'"
+            )
         self._on_error = on_error
         self._max_in_flight = max_in_flight
         self._when_busy = when_busy
@@ -223,7 +226,7 @@ class AsyncCheckpointer:
             )
             self._incarnation, self._root, self._lease = met.incarnation, met.root, met.lease
             if self._ranks.nodes.are_several:
-                here = self._on_node(member)
+                here = self._ranks.here(member.part)
                 model_rank = self._on_each_node(member, model_rank)
                 planner = planner_for(place.format, member.rank, member.world_size, model_rank, here)
             self._loader = Loader(self._root, self._state, self._ranks, member, model_rank)
@@ -262,22 +265,16 @@ class AsyncCheckpointer:
             undo.pop_all()
         atexit.register(self._at_exit)
 
-    def _on_node(self, member: Member) -> list[int]:
-        """The ranks of this part that write to the same disk."""
-        places = self._ranks.parts.places(member.part)
-        return [places.index(p) for p in self._ranks.nodes.of(member.place).places if p in places]
-
     def _on_each_node(self, member: Member, model_rank: ModelRank | None) -> ModelRank | None:
         """Of the ranks on a node that have the same part of a model, the first writes it."""
         said = self._ranks.all_say(model_rank.directory if model_rank is not None else "")
         if model_rank is None:
             return None
+        places = self._ranks.parts.places(member.part)
         first = next(
-            place
-            for place in self._ranks.nodes.of(member.place).places
-            if said[place] == model_rank.directory
+            rank for rank in self._ranks.here(member.part) if said[places[rank]] == model_rank.directory
         )
-        return replace(model_rank, writes_model=first == member.place)
+        return replace(model_rank, writes_model=first == member.rank)
 
     # -- saving
 

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from . import closing, transfer
+from . import closing
 from .ballots import Ballot, Outcome, digest
 from .commit import Attempt, CheckpointRoot
 from .errors import CheckpointError, RankError, RootError, SaveError
@@ -38,7 +38,7 @@ from .inflight import ABORT_S, Save
 from .lease import RootLease
 from .node_root import NodeRoot
 from .parts import Member
-from .plan import SharedPart
+from .plan import Apart, SharedPart
 from .ranks import PREPARE, PUBLISH, Ranks
 from .snapshot import CHUNK_NBYTES, Snapshot, crc32_combine
 from .transfer import Parcel, Pipes
@@ -180,7 +180,7 @@ class Committer:
         _, attempt = save.begun()
         base = f"{attempt.base}/" if attempt.base else ""
         found = [replace(file, path=base + file.path) if base else file for file in files]
-        if self._member.rank == 0:
+        if self._ranks.here(self._member.part)[0] == self._member.rank:
             for path, data in self._root.layout.added_files(save.step, self._member.part).items():
                 found.append(self._root.add_file(attempt, path, data, files[0].block_nbytes))
         return tuple(found)
@@ -222,43 +222,26 @@ class Committer:
         return files
 
     def _exchanged(self, save: Save, parts: Sequence[SharedPart], far: Sequence[int]) -> dict[int, Any]:
-        """Of ranks on other nodes: send what they close of ours, and take what they have of ours to close."""
+        """What ranks on other nodes have of the files that we close, as if they had written it here."""
         snapshot, attempt = save.begun()
+
+        def parcel(part: SharedPart, apart: Apart) -> Parcel:
+            crcs = snapshot.record_crcs(apart.number)
+            path = attempt.files / snapshot.plan.images[apart.number].path
+            return Parcel(part, apart, path, [crcs[record] for record in apart.records])
+
+        parcels = [parcel(part, part.apart) for part in parts if part.apart is not None]
+        if not parcels and not far:
+            return {}
         places = self._ranks.parts.places(self._member.part)
-        me = self._ranks.rank
-        sending = {places[part.closer] for part in parts if part.apart is not None}
-        handed: dict[int, Any] = {}
-        # In the same order on every rank: nobody waits for one who waits for him.
-        for closer, contributor in sorted({(c, me) for c in sending} | {(me, c) for c in far}):
-            other = closer if contributor == me else contributor
-            rank = places.index(other)
-            pipe = self._pipes.between(save.call, other)
-            try:
-                if other == closer:
-                    parcels = [
-                        Parcel(
-                            part,
-                            attempt.files / snapshot.plan.images[part.apart.number].path,
-                            [snapshot.record_crcs(part.apart.number)[r] for r in part.apart.records],
-                        )
-                        for part in parts
-                        if part.apart is not None and part.closer == rank
-                    ]
-                    transfer.send(pipe, self._root.fs, parcels)
-                else:
-                    theirs = [
-                        part
-                        for part in parts
-                        if part.closer == self._member.rank and rank in part.contributors()
-                    ]
-                    handed[rank] = transfer.receive(
-                        pipe, self._root.fs, attempt, theirs, rank, self._ranks.called(other), CHUNK_NBYTES
-                    )
-            except BaseException:
-                self._pipes.broken(other)
-                raise
-        if handed or sending:
-            save.mark("exchanged")
+        ours = [part for part in parts if part.closer == self._member.rank]
+        handed = self._pipes.exchange(
+            save.call, self._root.fs, attempt, places, parcels, ours, far, CHUNK_NBYTES
+        )
+        for one in parcels:
+            if not one.apart.is_kept:
+                self._root.fs.unlink(one.path)
+        save.mark("exchanged")
         return handed
 
     def _await_release(self, save: Save, snapshot: Snapshot) -> None:

@@ -266,9 +266,8 @@ class Loader:
     @property
     def _share(self) -> tuple[int, int]:
         """This rank's, of what the ranks of its part that see the same disk verify."""
-        places = self._ranks.parts.places(self._member.part)
-        here = [place for place in self._ranks.nodes.of(self._member.place).places if place in places]
-        return here.index(self._member.place), len(here)
+        here = self._ranks.here(self._member.part)
+        return here.index(self._member.rank), len(here)
 
     def _place(self, entry: StepEntry) -> Place:
         return self._root.layout.place(entry.step, self._member.part)

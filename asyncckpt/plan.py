@@ -37,11 +37,13 @@ class Apart:
         pieces: int64 [n, 3]: first byte in the shared file, number of bytes, first byte in its own; in the
             order of the shared file.
         records: of each piece, its number in the image.
+        is_kept: whether the file stays once its slices are where they belong.
     """
 
     number: int
     pieces: Int64Array
     records: tuple[int, ...]
+    is_kept: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,6 +108,13 @@ class Ranks:
         """Whether this is the rank that publishes."""
         return self.rank == 0
 
+    def here(self, part: str) -> Sequence[int]:
+        """Ranks of a part that write to the same disk as this participant, ascending."""
+        places = self.parts.places(part)
+        if not self.nodes.are_several:
+            return range(len(places))
+        return [places.index(place) for place in self.nodes.of(self.rank).places if place in places]
+
     @property
     def leads(self) -> bool:
         """Whether this is the first rank of a node."""

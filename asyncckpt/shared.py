@@ -55,11 +55,13 @@ class SharedFile:
         closer: the rank that writes what is nobody's own.
         content: what is saved, the same on all ranks but for the pieces: tensors are `SlicedTensor`, at any
             depth of dicts, lists and tuples; all else is pickled.
+        is_loaded: whether ranks load what they have of it; else it is for other tools alone.
     """
 
     path: str
     closer: int
     content: Any
+    is_loaded: bool = True
 
 
 def slices_path(path: str, rank: int) -> str:

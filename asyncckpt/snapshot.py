@@ -224,6 +224,7 @@ class Snapshot:
     def files(self) -> tuple[FileEntry, ...]:
         """What was written, for the manifest; without what belongs to files that several ranks write."""
         apart = {index for part in self._plan.shared for index in (part.inside, part.edges)}
+        apart |= {p.apart.number for p in self._plan.shared if p.apart is not None and not p.apart.is_kept}
         return tuple(self._entry(index) for index in range(len(self._plan.images)) if index not in apart)
 
     def handed(self, part: SharedPart) -> Handed:

@@ -87,12 +87,57 @@ class Pipes:
             try:
                 group = dist.ProcessGroupGloo(store, me, 2, timedelta(seconds=self._silence_s))
             except RuntimeError as error:
-                self.broken(other)
+                self._break(other)
                 raise RankError(f"{called} cannot be reached for its slices: {error}") from error
             self._made[other] = (generation, Pipe(group, me, called))
         return self._made[other][1]
 
-    def broken(self, other: int) -> None:
+    def exchange(
+        self,
+        save: int,
+        fs: Filesystem,
+        attempt: Attempt,
+        places: Sequence[int],
+        parcels: Sequence[Parcel],
+        ours: Sequence[SharedPart],
+        far: Sequence[int],
+        block_nbytes: int,
+    ) -> dict[int, dict[str, Handed]]:
+        """Send what this rank has of others' files, and take what others have of its.
+
+        Args:
+            places: of the ranks of this part, which files count in.
+            parcels: to be sent.
+            ours: what this rank closes.
+            far: places of those who send to this one.
+            block_nbytes: of the manifest.
+
+        Returns:
+            what was taken: by rank, and by path.
+
+        Raises:
+            RankError, SaveError, WriteError: see `send` and `receive`.
+        """
+        me = self._ranks.rank
+        closers = {places[parcel.part.closer] for parcel in parcels}
+        handed: dict[int, dict[str, Handed]] = {}
+        for closer, contributor in sorted({(one, me) for one in closers} | {(me, one) for one in far}):
+            other = closer if contributor == me else contributor
+            rank = places.index(other)
+            pipe = self.between(save, other)
+            try:
+                if other == closer:
+                    send(pipe, fs, [parcel for parcel in parcels if parcel.part.closer == rank])
+                else:
+                    parts = [part for part in ours if rank in part.contributors()]
+                    called = self._ranks.called(other)
+                    handed[rank] = receive(pipe, fs, attempt, parts, rank, called, block_nbytes)
+            except BaseException:
+                self._break(other)
+                raise
+        return handed
+
+    def _break(self, other: int) -> None:
         """What is in the pipe is nobody's: the next save needs another."""
         self._made.pop(other, None)
         self._broken[other] = self._broken.get(other, 0) + 1
@@ -108,18 +153,14 @@ class Parcel:
 
     Attributes:
         part: of the file.
-        path: of the file of its own that holds it.
+        apart, path: the file of its own that holds it.
         crcs: CRC-32 of each piece.
     """
 
     part: SharedPart
+    apart: Apart
     path: Path
     crcs: Sequence[int]
-
-    @property
-    def apart(self) -> Apart:
-        assert self.part.apart is not None
-        return self.part.apart
 
 
 def send(pipe: Pipe, fs: Filesystem, parcels: Sequence[Parcel]) -> None:

@@ -89,9 +89,10 @@ class Trainer:
         """As hard as Megatron's: the memory is another afterwards, and the old one is garbage."""
         self.moved += 1
         for local in self._locals():
-            kept = local.clone()
-            local.untyped_storage().resize_(0)
-            local.untyped_storage().resize_(kept.untyped_storage().nbytes())
+            kept, storage = local.clone(), local.untyped_storage()
+            nbytes = storage.nbytes()  # with FSDP's padding
+            storage.resize_(0)
+            storage.resize_(nbytes)
             local.copy_(kept)
 
     def state(self) -> dict[str, Any]:

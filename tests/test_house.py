@@ -108,6 +108,7 @@ def test_only_those_who_agree_know_the_other_ranks() -> None:
         "asyncckpt.committer",
         "asyncckpt.loader",
         "asyncckpt.meeting",
+        "asyncckpt.transfer",
     }
 
 

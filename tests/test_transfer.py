@@ -66,8 +66,7 @@ def parcel_of(
     (directory / name).write_bytes(data)
     table = np.array([(*pieces[n], places[n]) for n in range(len(pieces))], np.int64).reshape(-1, 3)
     apart = Apart(0, table, tuple(range(len(pieces))))
-    sent = SharedPart(part.path, 0, part.digest, None, None, apart=apart)
-    return Parcel(sent, directory / name, [zlib.crc32(array.tobytes()) for array in arrays])
+    return Parcel(part, apart, directory / name, [zlib.crc32(array.tobytes()) for array in arrays])
 
 
 def exchange(parcels: list[Parcel], attempt: Attempt, parts: list[SharedPart], rank: int) -> Any:

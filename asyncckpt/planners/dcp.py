@@ -299,7 +299,7 @@ class DcpPlanner(PlanCache):
             return None
         file = weights_file(self._arrangement.weights, tree["model"], self._rank)
         if isinstance(file, SharedFile):
-            return lay_out(file, self._rank, first_source)
+            return lay_out(file, self._rank, first_source, self._here)
         if not self._said_no_weights:
             self._said_no_weights = True
             _log.warning(

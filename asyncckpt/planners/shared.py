@@ -3,7 +3,7 @@
 SharedFile -> the image of the whole file, from sizes alone -> who writes which bytes -> this rank's part
 
 What a rank has of a file that is closed on another node goes to a file of its own: its slices, as torch.save
-would write them. From there it is sent to the closer, and from there this rank loads it.
+would write them. From there they are sent to the closer, and from there this rank loads them.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def lay_out(
     pieces.sort()
     _check_within(file, pieces, own)
     if here is not None and file.closer not in here:
+        if not len(own):
+            return SharedPlan((), SharedPart(file.path, file.closer, _digest(image), None, None), (), ())
         return _lay_out_apart(file, tensors, image, pieces, rank, first_source)
     part = slices.part_of(
         image, own, [piece[:2] for piece in pieces], edges_path(file.path, rank), first_source
@@ -149,8 +151,6 @@ def _lay_out_apart(
     first_source: int,
 ) -> SharedPlan:
     """What this rank has of a file, in one of its own."""
-    if not pieces:
-        return SharedPlan((), SharedPart(file.path, file.closer, _digest(image), None, None), (), ())
     numbers = {id(tensor): index for index, tensor in enumerate(tensors)}
     placed: dict[int, tuple[int, int]] = {}  # stand-ins: which piece of which tensor
 
@@ -176,6 +176,7 @@ def _lay_out_apart(
         0,
         np.array([row[:3] for row in table], np.int64).reshape(-1, 3),
         tuple(row[3] for row in table),
+        file.is_loaded,
     )
     sources = tuple((index, n, 0, nbytes) for (index, n), nbytes in zip(order, sizes, strict=True))
     return SharedPlan(

@@ -38,7 +38,7 @@ def weights_file(path: str, weights: Mapping[str, Any], rank: int) -> SharedFile
         own = slices[slices[:, 2] == rank]
         pieces = ((int(own[0, 0]), local.detach().view(-1)),) if len(own) else ()
         content[name] = SlicedTensor(value.dtype, tuple(value.shape), slices, pieces)
-    return SharedFile(path, _CLOSER, content)
+    return SharedFile(path, _CLOSER, content, is_loaded=False)
 
 
 def _slices(tensor: torch.Tensor) -> Int64Array | None:
