@@ -19,7 +19,7 @@ from . import devices
 from .plan import Planned, span_nbytes
 from .report import SaveReport
 from .shards import Boxed, is_partial, local_of
-from .tree import StateTree, flatten, named_tensors_in, rebuilt
+from .tree import StateTree, named_tensors_in, rebuilt
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def capture(tree: StateTree, buffers: set[int], reserve: Reserve) -> Captured:
         else:
             result[name] = rebuilt(branch, torch.Tensor, copy, objects=False)
     ours = {id(tensor) for tensor in copies.values()}
-    every = [named for leaf in flatten(result) for named in named_tensors_in(leaf)]
+    every = [named for leaf in result.leaves() for named in named_tensors_in(leaf)]
     live = [(name, tensor) for name, tensor in every if id(tensor) not in ours]
     return Captured(result, live, frozenset(id(tensor) for _, tensor in every), forward_changes)
 

@@ -25,6 +25,7 @@ from .formats.refs import span_elements
 from .shards import local_of
 from .tree import Leaf, tensors_in
 
+_ATOMS = {str, int, float, bool, type(None)}
 NO_SLAB = -1  # in place of a slab's number; the same as kNoSlab in csrc/engine.h
 
 
@@ -258,7 +259,10 @@ def inert_in(pickled: Pickled) -> list[tuple[str, str]]:
 
 def refuse_unreachable(leaf: Leaf) -> None:
     """Raise LeafError for tensors whose bytes cannot be copied."""
-    for tensor in map(local_of, tensors_in(leaf.value)):
+    if type(leaf.value) in _ATOMS:
+        return
+    tensors = (leaf.value,) if isinstance(leaf.value, torch.Tensor) else tensors_in(leaf.value)
+    for tensor in map(local_of, tensors):
         if tensor.layout != torch.strided:
             raise LeafError(f"{leaf.name}: sparse tensors ({tensor.layout}) cannot be saved; densify it")
         try:

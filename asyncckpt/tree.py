@@ -38,6 +38,18 @@ class StateTree(dict[str, Any]):
 
     parameters: frozenset[str] = frozenset()
     write_only: frozenset[str] = frozenset()
+    _leaves: list[Leaf] | None = None
+
+    def leaves(self) -> list[Leaf]:
+        """What `flatten` says of it; found once: the tree must not change any more."""
+        if self._leaves is None:
+            self._leaves = flatten(self)
+        return self._leaves
+
+
+def leaves_of(tree: Mapping[str, Any]) -> list[Leaf]:
+    """The leaves of a tree, in its order."""
+    return tree.leaves() if isinstance(tree, StateTree) else flatten(tree)
 
 
 def restored(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +90,7 @@ def flatten(tree: Mapping[str, Any]) -> list[Leaf]:
     leaves: dict[str, Leaf] = {}
     try:
         for key, child in tree.items():
-            _flatten((key,), child, leaves)
+            _flatten(str(key), (key,), child, leaves)
     except RecursionError:
         raise LeafError("the state refers to itself, or is nested too deeply to be saved") from None
     return list(leaves.values())
@@ -86,13 +98,12 @@ def flatten(tree: Mapping[str, Any]) -> list[Leaf]:
 
 # Here and below, functions that call themselves are no closures: such a closure is a cycle, and would
 # keep tensors (of devices, even) until the garbage collector comes by.
-def _flatten(path: Path, value: Any, leaves: dict[str, Leaf]) -> None:
-    if _is_branch(value):
+def _flatten(name: str, path: Path, value: Any, leaves: dict[str, Leaf]) -> None:
+    if not isinstance(value, torch.Tensor) and _is_branch(value):
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, child in items:
-            _flatten((*path, key), child, leaves)
+            _flatten(f"{name}.{key}", (*path, key), child, leaves)
         return
-    name = ".".join(map(str, path))
     if name in leaves:
         raise LeafError(f"two leaves are called {name!r}: {leaves[name].path} and {path}; rename one key")
     leaves[name] = Leaf(name, path, value)
@@ -150,6 +161,9 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def named_tensors_in(leaf: Leaf) -> Iterator[tuple[str, torch.Tensor]]:
     """Its tensors, and what to call each: in a list of files that ranks share, by the file."""
+    if isinstance(leaf.value, torch.Tensor):
+        yield leaf.name, leaf.value
+        return
     for value in leaf.value if isinstance(leaf.value, list) else [leaf.value]:
         name = value.path if isinstance(value, SharedFile) else leaf.name
         yield from ((name, tensor) for tensor in tensors_in(value))

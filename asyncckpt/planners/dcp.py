@@ -38,7 +38,7 @@ from ..plan import (
 )
 from ..shards import Block, Blocks, Holders, Piece, boxes, is_sharded, local_of, shares
 from ..shared import SharedFile
-from ..tree import OWN_SECTIONS, Leaf, Path, StateTree, flatten, tensors_in
+from ..tree import OWN_SECTIONS, Leaf, Path, StateTree, flatten, leaves_of, tensors_in
 from .shared import SharedPlan, lay_out
 from .weights import weights_file
 
@@ -117,7 +117,7 @@ class DcpPlanner(PlanCache):
         if self._arrangement is not None:
             leaves = flatten(self._arrangement.shared(tree))
         else:
-            leaves = flatten({name: branch for name, branch in tree.items() if name not in own})
+            leaves = [leaf for leaf in leaves_of(tree) if leaf.path[0] not in own]
         parameters = tree.parameters if isinstance(tree, StateTree) else frozenset()
         tensors: list[_Tensor] = []
         others: list[Leaf] = []

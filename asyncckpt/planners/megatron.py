@@ -23,7 +23,7 @@ from ..layouts.megatron_tree import to_megatron
 from ..plan import PlanCache, Planned, WritePlan, inert_in, planned_with, refuse_unreachable, slot_nbytes
 from ..shards import is_sharded
 from ..shared import SHARED_BRANCH, SharedFile
-from ..tree import OWN_SECTIONS, flatten, restored, tensors_in
+from ..tree import OWN_SECTIONS, flatten, leaves_of, restored, tensors_in
 from .shared import SharedPlan, lay_out, signature_of
 
 
@@ -49,7 +49,7 @@ class MegatronPlanner(PlanCache):
         self._shared: tuple[SharedPlan, ...] = ()
 
     def plan(self, tree: Mapping[str, Any]) -> Planned:
-        for leaf in flatten(tree):
+        for leaf in leaves_of(tree):
             refuse_unreachable(leaf)
             if any(map(is_sharded, tensors_in(leaf.value))):
                 raise LeafError(
