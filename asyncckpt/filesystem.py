@@ -75,8 +75,13 @@ class Filesystem:
         with self._changing("close", path):  # NFS reports late write errors here
             os.close(fd)
 
-    def write_into(self, path: Path, writes: Iterable[tuple[int, bytes | bytearray]], nbytes: int) -> None:
-        """Write bytes at offsets of a file, made if it is not there; give it its size, and fsync it."""
+    def write_into(
+        self, path: Path, writes: Iterable[tuple[int, bytes | bytearray]], nbytes: int, *, sync: bool = True
+    ) -> None:
+        """Write bytes at offsets of a file, made if it is not there; give it its size, and fsync it.
+
+        Without `sync` the next call for this file has to: it hears of what failed meanwhile (fsync(2)).
+        """
         with self._changing("open", path):
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -87,8 +92,9 @@ class Filesystem:
                         done += os.pwrite(fd, memoryview(data)[done:], offset + done)
             with self._changing("ftruncate", path):
                 os.ftruncate(fd, nbytes)
-            with self._changing("fsync", path):
-                os.fsync(fd)
+            if sync:
+                with self._changing("fsync", path):
+                    os.fsync(fd)
         except BaseException:
             with suppress(OSError):  # the first failure is the one to report
                 os.close(fd)

@@ -96,6 +96,8 @@ class Ranks:
         self._generation = 0  # of conversations; rank 0 counts them, the others follow
         self._turn = 0  # in this conversation
         self.nodes = Nodes.one(world_size)  # until somebody knows better
+        self._leading: list[str] = []  # rank 0: keys of what nodes told each other in this save
+        self._led_before: list[str] = []  # and in the one before
         self._joined = threading.Event()
 
     @property
@@ -332,8 +334,13 @@ class Ranks:
         theirs = f"{pair}/{other}-{self.rank}"
         client.set(f"{pair}/{self.rank}-{other}", str(word).encode())
         self._await([theirs], [other], "to exchange slices", or_any=(failed, outcome))
-        if not client.has(theirs):
-            raise RankError(f"{self.called(other)} did not exchange slices: the save has failed elsewhere")
+        if client.has(failed) and self.is_first:
+            ballot = Ballot.from_bytes(client.get(failed))
+            raise RankError(f"{self.called(ballot.rank)}: {ballot.error}")
+        if client.has(failed):
+            self._await([outcome], [0], "to say who has failed")
+        if client.has(outcome):
+            raise RankError("another rank's part has failed")
         word = int(client.get(theirs))
         client.delete(theirs)
         return word
@@ -472,7 +479,9 @@ class Ranks:
         self._client.set(f"{self._run}/{save}/outcome", outcome.to_bytes())
         self._said += 1
         # The outcome stays: a rank may come late to a save that another rank's failure has ended.
-        self._client.delete(f"{self._run}/{save}/voted", f"{self._run}/{save}/failed", *self._said_to(save))
+        self._client.delete(f"{self._run}/{save}/voted", f"{self._run}/{save}/failed", *self._led_before)
+        # What nodes were told goes one save later: one may be about to read it.
+        self._led_before, self._leading = self._leading, []
 
     def ended_early(self, save: int) -> Outcome | None:
         """The others: how it ended, if it has ended before this rank has voted."""
@@ -518,7 +527,7 @@ class Ranks:
     def lead(self, save: int, to: str, what: Mapping[str, Any]) -> None:
         """Rank 0: tell the first ranks of the other nodes what to do next."""
         assert self._client is not None
-        self._client.put_large(f"{self._run}/{save}/{to}", json.dumps(what).encode())
+        self._leading += self._client.put_large(f"{self._run}/{save}/{to}", json.dumps(what).encode())
 
     def led(self, save: int, to: str) -> dict[str, Any] | None:
         """The first ranks of the other nodes: what to do next; None if the save ended instead.
@@ -529,7 +538,7 @@ class Ranks:
         assert self._client is not None
         key, outcome = f"{self._run}/{save}/{to}", f"{self._run}/{save}/outcome"
         self._await_first(save, [key, outcome])
-        if self._client.has(outcome):  # it may have been said, and be gone already
+        if self._client.has(outcome):
             return None
         what: dict[str, Any] = json.loads(self._client.get_large(key))
         return what
@@ -537,7 +546,7 @@ class Ranks:
     def did(self, save: int, to: str, problem: str = "") -> None:
         """The first ranks of the other nodes: it is done, or why not."""
         assert self._client is not None
-        self._client.set(f"{self._run}/{save}/{to}/{self.rank}", problem[:_WORD_LENGTH_MAX].encode())
+        self._client.set(f"{self._run}/{save}/did {to}/{self.rank}", problem[:_WORD_LENGTH_MAX].encode())
         if problem:
             self._hear()  # whatever the others make of it
 
@@ -549,18 +558,12 @@ class Ranks:
         """
         assert self._client is not None
         others = [place for place in self.nodes.leaders if place != self.rank]
-        keys = [f"{self._run}/{save}/{to}/{place}" for place in others]
+        keys = [f"{self._run}/{save}/did {to}/{place}" for place in others]
+        self._leading += keys
         self._await(keys, others, f"to {to} on its node")
         for place, problem in zip(others, self._client.get_all(keys), strict=True):
             if problem:
                 raise RankError(f"{self.called(place)}: {problem.decode()}")
-
-    def _said_to(self, save: int) -> list[str]:
-        """What the first ranks of nodes tell each other in a save."""
-        if not self.nodes.are_several:
-            return []
-        heads = [f"{self._run}/{save}/{to}" for to in (PREPARE, PUBLISH)]
-        return [*heads, *(f"{head}/{place}" for head in heads for place in self.nodes.leaders[1:])]
 
     # -- a load
 

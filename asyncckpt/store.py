@@ -104,14 +104,19 @@ class StoreClient:
 
         self._call(delete)
 
-    def put_large(self, key: str, value: bytes) -> None:
-        """Values of any size; `get_large` and `take_large` read them. The key itself appears last."""
+    def put_large(self, key: str, value: bytes) -> list[str]:
+        """Values of any size; `get_large` and `take_large` read them. The key itself appears last.
+
+        Returns:
+            all keys that it takes.
+        """
         first, *rest = (
             value[at : at + _VALUE_NBYTES_MAX] for at in range(0, len(value) or 1, _VALUE_NBYTES_MAX)
         )
         for index, piece in enumerate(rest):
             self.set(f"{key}/{index}", piece)
         self.set(key, b"%d " % len(rest) + first)
+        return [key, *(f"{key}/{index}" for index in range(len(rest)))]
 
     def get_large(self, key: str) -> bytes:
         """What `put_large` put there; the key is known to be there, and stays."""

@@ -14,7 +14,7 @@ import base64
 import json
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,25 +40,25 @@ CHUNK_NBYTES = 1 << 20
 class Pipe:
     """Between this rank and one other, for one save after the other. What goes through is at most a chunk."""
 
-    def __init__(self, group: Any, me: int, called: str) -> None:
+    def __init__(self, group: Any, me: int, called: str, buffer: torch.Tensor | None = None) -> None:
         self._group, self._me, self._called = group, me, called
-        self._buffer = torch.empty(CHUNK_NBYTES, dtype=torch.uint8)
+        self._buffer = torch.empty(CHUNK_NBYTES, dtype=torch.uint8) if buffer is None else buffer
 
     def send(self, data: bytes | bytearray | memoryview) -> None:
         """Raises RankError if the other does not take it in time, or is gone."""
         tensor = self._buffer[: len(data)]
         tensor.numpy().data[:] = data
-        self._wait(self._group.send([tensor], 1 - self._me, 0))
+        self._do(lambda: self._group.send([tensor], 1 - self._me, 0))
 
     def receive(self, nbytes: int) -> memoryview:
         """Good until the next call. Raises RankError if the other does not send it in time, or is gone."""
         tensor = self._buffer[:nbytes]
-        self._wait(self._group.recv([tensor], 1 - self._me, 0))
+        self._do(lambda: self._group.recv([tensor], 1 - self._me, 0))
         return tensor.numpy().data
 
-    def _wait(self, work: Any) -> None:
+    def _do(self, begin: Callable[[], Any]) -> None:
         try:
-            work.wait()
+            begin().wait()
         except RuntimeError as error:  # whatever gloo raises
             reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)
             raise RankError(f"{self._called} does not go on exchanging slices: {reason}") from error
@@ -70,6 +70,7 @@ class Pipes:
     def __init__(self, ranks: Ranks, silence_s: float) -> None:
         self._ranks = ranks
         self._silence_s = silence_s
+        self._buffer = torch.empty(CHUNK_NBYTES, dtype=torch.uint8)  # for one pipe at a time
         self._made: dict[int, tuple[int, Pipe]] = {}
         self._broken: dict[int, int] = {}  # how often, by the other's place
 
@@ -89,7 +90,7 @@ class Pipes:
             except RuntimeError as error:
                 self._break(other)
                 raise RankError(f"{called} cannot be reached for its slices: {error}") from error
-            self._made[other] = (generation, Pipe(group, me, called))
+            self._made[other] = (generation, Pipe(group, me, called, self._buffer))
         return self._made[other][1]
 
     def exchange(
@@ -267,9 +268,10 @@ def _receive_one(
                 yield head, data
                 head = stop
             edges.extend(stream.pull(tail, end))
+        stream.end()
 
-    fs.write_into(attempt.files / part.path, writes(), part.image.nbytes)
-    stream.end()
+    # Not synced yet: that may take longer than the sender waits for us, and closing the file does it once.
+    fs.write_into(attempt.files / part.path, writes(), part.image.nbytes, sync=False)
     return Handed(said["digest"], tuple(runs), None, bytes(edges))
 
 
