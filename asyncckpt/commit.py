@@ -573,15 +573,27 @@ class CheckpointRoot(RootView):
     def sweep(self, incarnation: str, spared: Collection[str] = ()) -> list[Path]:
         """Remove what dead runs left half done; `incarnation` is ours, and is spared, as are some attempts.
 
-        Only for the holder of the lease. Abandoned steps are not leftovers. What cannot be removed
+        Only for the holder of the lease. Abandoned steps are not leftovers, nor is what was prepared for the
+        disks of several nodes by other ranks than are here: it may be published there. What cannot be removed
         is logged.
         """
         leftovers = []
         for name in self._names():
             match = _LEFTOVER.fullmatch(name)
             if match is not None and match[1] != incarnation and not name.endswith(tuple(spared)):
-                leftovers.append(self.path / name)
+                manifest = self._manifest_in(self.path / name)
+                if manifest is None or not manifest.nodes or self._other_node(self.path, manifest) is None:
+                    leftovers.append(self.path / name)
+                else:
+                    _log.warning("%s is left as it is: other nodes may have published it", self.path / name)
         return [path for path in leftovers if self._empty(path)]
+
+    def _manifest_in(self, path: Path) -> Manifest | None:
+        """Of a hidden directory, if it was prepared."""
+        try:
+            return Manifest.from_bytes(self.fs.read(path / MANIFEST_NAME), str(path))
+        except (OSError, LoadError):
+            return None
 
     def _empty(self, path: Path) -> bool:
         """Remove something hidden. What resists is logged: the next start sweeps."""

@@ -8,7 +8,8 @@ A step on node-local disks is prepared on each node, and then published on each,
     published on some, prepared on the rest  whole: the first rank's node decided so  published on the rest
     published on some, absent on others      lost with a disk, or half deleted        never loaded; see below
     prepared only, all its nodes are here    undecided: nobody was told it is saved   removed
-    prepared only, nodes of it are missing   perhaps published there                  left as it is
+    prepared only, nodes of it are missing,  perhaps published there                  left as it is
+    or some node has it from another place
     abandoned on some (see `commit`)         of a timeline that was left              abandoned on the rest
 
 What is published on some nodes alone is not loaded, and does not count among the steps that retention keeps;
@@ -108,6 +109,7 @@ class Inventory:
         published: visible, and as whole as its manifest tells.
         prepared: hidden; a rename makes it visible.
         abandoned: left behind by a load of an older step.
+        misplaced: published or prepared by other ranks than those that are on this node now.
         foreign: steps that other tools wrote, by number.
         ever: whether anything was ever finished there, by whatever tool.
     """
@@ -115,6 +117,7 @@ class Inventory:
     published: Mapping[str, Found]
     prepared: Mapping[str, Found]
     abandoned: Mapping[str, Found]
+    misplaced: Mapping[str, Found]
     foreign: tuple[int, ...]
     ever: bool
 
@@ -128,7 +131,7 @@ class Inventory:
     @staticmethod
     def from_bytes(data: bytes) -> Inventory:
         fields = json.loads(data)
-        kinds = ("published", "prepared", "abandoned")
+        kinds = ("published", "prepared", "abandoned", "misplaced")
         found = {kind: {a: Found(**each) for a, each in fields[kind].items()} for kind in kinds}
         return Inventory(**found, foreign=tuple(fields["foreign"]), ever=fields["ever"])
 
@@ -167,7 +170,7 @@ def verdict(inventories: Sequence[Inventory]) -> Verdict:
     """What becomes of what nodes have; see the table."""
     known: dict[str, Found] = {}
     for inventory in inventories:
-        for found in (inventory.published, inventory.prepared, inventory.abandoned):
+        for found in (inventory.published, inventory.prepared, inventory.abandoned, inventory.misplaced):
             known.update(found)
 
     def some(attempt: str, kind: str) -> bool:
@@ -186,14 +189,22 @@ def verdict(inventories: Sequence[Inventory]) -> Verdict:
         for a in in_order
         if some(a, "prepared")
         and a not in whole
-        and known[a].nodes > len(inventories)
+        and (known[a].nodes > len(inventories) or some(a, "misplaced"))
         and not (newest and known[a].ordinal < known[newest].ordinal)
     ]
+    forward = [a for a in published if a in whole and some(a, "prepared")]
+    partial = [a for a in published if a not in whole]
+    # The run that made these would have abandoned what it could not load and saved again.
+    in_the_way = [
+        a
+        for a in partial
+        if any(known[a].ordinal < known[f].ordinal and known[a].step >= known[f].step for f in forward)
+    ]
     return Verdict(
-        forward=tuple(a for a in published if a in whole and some(a, "prepared")),
-        abandon=tuple(abandon),
+        forward=tuple(forward),
+        abandon=(*abandon, *in_the_way),
         spared=tuple(spared),
-        partial=tuple(a for a in published if a not in whole),
+        partial=tuple(a for a in partial if a not in in_the_way),
         newest=newest,
         ordinal=max((found.ordinal for found in known.values()), default=0),
     )

@@ -244,7 +244,7 @@ def node(
     prepared: dict[str, Found] | None = None,
     abandoned: dict[str, Found] | None = None,
 ) -> Inventory:
-    return Inventory(published or {}, prepared or {}, abandoned or {}, (), True)
+    return Inventory(published or {}, prepared or {}, abandoned or {}, {}, (), True)
 
 
 def test_what_is_published_anywhere_is_published_everywhere() -> None:
@@ -274,7 +274,7 @@ def test_what_is_abandoned_anywhere_is_abandoned_everywhere() -> None:
 
 
 def test_inventories_and_verdicts_travel() -> None:
-    said = Inventory({"a": A}, {"b": B}, {"c": C}, (7, 8), False)
+    said = Inventory({"a": A}, {"b": B}, {"c": C}, {"d": A}, (7, 8), False)
     assert Inventory.from_bytes(said.to_bytes()) == said
     assert said.has(10, "a")
     assert said.has(7, "")
