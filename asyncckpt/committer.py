@@ -78,6 +78,7 @@ class Committer:
         # Of each part the last .metadata, and the digests of what it was made of.
         self._pipes = Pipes(ranks, silence_s)
         self._metadata: dict[str, tuple[list[tuple[str, str]], bytes]] = {}
+        self._undecided: list[tuple[int, Attempt]] = []  # prepared here; rank 0 did not say in time what then
         self._said_different = False
         self._keep = keep
         self._on_failure = on_failure
@@ -272,8 +273,13 @@ class Committer:
             return
         try:
             self._ranks.vote(save.call, Ballot(self._ranks.rank, save.step, str(error)))
+            if self._ranks.nodes.of(self._ranks.rank).places[0] == 0:
+                return  # rank 0 removes what is on its disk
+            self._ranks.outcome(save.call)
         except RankError as silent:
             _log.warning("the other ranks could not be told: %s", silent)
+        if save.attempt is not None:
+            self._root.discard(save.attempt)  # nobody of this node is at it any more, or its rank will notice
 
     # -- rank 0
 
@@ -437,6 +443,8 @@ class Committer:
             return
         with self._telling(save, PREPARE):
             try:
+                self._check_lease(save)
+                self._decide_late(root)
                 ballots = self._ranks.ballots(save.call, own)
                 fragments = self._fragments(save, attempt, files, ballots)
                 root.prepare(attempt, fragments, parts=self._ranks.parts, **what)
@@ -444,7 +452,12 @@ class Committer:
                 root.discard(attempt)
                 raise
         save.mark("manifest")
-        if self._ranks.led(save.call, PUBLISH) is None:
+        try:
+            what = self._ranks.led(save.call, PUBLISH)
+        except RankError:
+            self._undecided.append((save.call, attempt))
+            raise
+        if what is None:
             if self._ranks.outcome_of(save.call).is_published:
                 root.owe(attempt)
             return
@@ -452,6 +465,18 @@ class Committer:
         with self._telling(save, PUBLISH):
             self._check_lease(save)
             root.pay(save.mark)
+
+    def _decide_late(self, root: NodeRoot) -> None:
+        """What became of saves that rank 0 did not decide in time."""
+        undecided, self._undecided = self._undecided, []
+        for call, attempt in undecided:
+            outcome = self._ranks.ended_early(call)
+            if outcome is None:
+                self._undecided.append((call, attempt))
+            elif outcome.error is None or outcome.is_published:
+                root.owe(attempt)
+            else:
+                root.discard(attempt)
 
     @contextmanager
     def _telling(self, save: Save, what: str) -> Iterator[None]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from asyncckpt import AsyncCheckpointer
+from asyncckpt import AsyncCheckpointer, _native
 from asyncckpt.errors import CheckpointError, NoIntactStepError, OptionError, WriteError
 from asyncckpt.filesystem import Filesystem
 from tests.process_world import Talk, World, process_world
@@ -233,6 +233,27 @@ def test_a_node_that_could_not_publish_follows_with_the_next_save(world: World, 
         assert seen == (["step-1", "step-2"] if rank < RANKS_PER_NODE else ["step-1"])
         assert loaded == (1, ["step 2: "])
         assert after == ["step-1", "step-3"]
+
+
+def fail_alone(talk: Talk, rank: int, base: Path) -> tuple[str, list[str], str]:
+    """The disk of rank 1's node is full in save 1; what is left there then."""
+    on_node(base, rank)
+    model = small()
+    with checkpointer_of(model=model, on_error="warn") as ckpt:
+        if rank == 1:
+            _native.faults.arm(_native.faults.Op.pwrite, 0, _native.faults.Kind.error, errno.ENOSPC)
+        first = outcome_of(lambda: ckpt.save(1).wait())
+        _native.faults.disarm()
+        torch.distributed.barrier()
+        left = [path.name for path in ROOT.glob(".asyncckpt-t*")]
+        return first, left, outcome_of(lambda: ckpt.save(2).wait())
+
+
+def test_a_node_that_failed_keeps_nothing_of_it(world: World, tmp_path: Path) -> None:
+    for rank, (first, left, second) in enumerate(world.run(2, fail_alone, tmp_path)):
+        assert "ENOSPC" in first
+        assert rank == 1 or "rank 1" in first
+        assert (left, second) == ([], "ok")
 
 
 # ---------------------------------------------------------------------------- who is where

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from asyncckpt.commit import Attempt, attempt_id, prepare_root
+from asyncckpt.errors import WriteError
 from asyncckpt.filesystem import Filesystem
 from asyncckpt.formats.manifest import FragmentRef
 from asyncckpt.layouts import LAYOUTS, Layout
@@ -232,6 +234,110 @@ def test_cut_off_at_every_operation(
         shutil.rmtree(base)
     assert found <= scenario.allowed
     assert len(found) > 1
+
+
+# ---------------------------------------------------------------------------- odd starts, and failures
+
+
+class Refusing(Filesystem):
+    """Refuses one rename, once."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def rename(self, source: Path, target: Path) -> None:
+        if target.name == self.name:
+            self.name = ""
+            raise WriteError("rename", str(target), errno.EIO)
+        super().rename(source, target)
+
+
+def steps_of(run: Cluster) -> list[list[int]]:
+    return [[entry.step for entry in root.entries()] for root in run.roots]
+
+
+@pytest.mark.parametrize("refused", ["iter_0000002", "latest_checkpointed_iteration.txt"])
+def test_what_could_not_be_published_once_follows_with_the_next_save(tmp_path: Path, refused: str) -> None:
+    run = Cluster(tmp_path, LAYOUTS["megatron"], OLD)
+    run.save(1)
+    run.save(5)
+    run.resume(1)
+    run.roots[2].fs = Refusing(refused)
+    with pytest.raises(WriteError):
+        run.save(2)
+    run.save(3)
+    assert steps_of(run) == [[1, 2, 3]] * 3
+    assert run.newest() == (3, OLD)
+
+
+def test_a_debt_goes_with_the_timeline_that_is_left(tmp_path: Path) -> None:
+    run = Cluster(tmp_path, LAYOUTS["dcp"], OLD)
+    run.save(1)
+    run.roots[2].fs = Refusing("step-2")
+    with pytest.raises(WriteError):
+        run.save(2)
+    run.resume(1)
+    run.save(3)
+    assert steps_of(run) == [[1, 3]] * 3
+
+
+def test_a_start_in_the_wrong_places_takes_nothing_that_was_decided(tmp_path: Path) -> None:
+    layout = LAYOUTS["megatron"]
+    run = Cluster(tmp_path, layout, OLD)
+    run.save(1)
+    run.roots[2].fs = Refusing("iter_0000002")
+    with pytest.raises(WriteError):
+        run.save(2)
+    paths = [root.path for root in run.roots]
+
+    places = zip(paths, (0, 3, 2), strict=True)
+    swapped = [NodeRoot(path, layout, None, PARTS, NODES.of(place)) for path, place in places]
+    agreed = verdict([root.inventory() for root in swapped])
+    for root in swapped:
+        root.recover(agreed, NEW)
+    fewer = NodeRoot(paths[2], layout, None, Parts.none(1))
+    fewer.sweep(LAST)
+
+    again = Cluster(tmp_path, layout, LAST)
+    again.recover()
+    assert again.newest() == (2, OLD)
+
+
+def test_what_one_node_lost_is_not_in_the_way_of_what_was_saved_again(tmp_path: Path) -> None:
+    run = Cluster(tmp_path, LAYOUTS["dcp"], OLD)
+    run.save(1)
+    run.save(2)
+    shutil.rmtree(run.roots[0].path / "step-2")
+    again = Cluster(tmp_path, LAYOUTS["dcp"], NEW)
+    again.recover()
+    again.resume(1)
+    again.roots[0].publish = _cut_behind(again.roots[0].publish)  # type: ignore[method-assign]
+    with pytest.raises(Cut):
+        again.save(2)
+    last = Cluster(tmp_path, LAYOUTS["dcp"], LAST)
+    last.recover()
+    assert last.newest() == (2, NEW)
+
+
+def _cut_behind(act: Callable[..., None]) -> Callable[..., None]:
+    def acted(*args: Any, **options: Any) -> None:
+        act(*args, **options)
+        raise Cut
+
+    return acted
+
+
+@pytest.mark.parametrize("tracked", ["100", "release"])
+def test_the_tracker_of_another_tool_stays(tmp_path: Path, tracked: str) -> None:
+    run = Cluster(tmp_path, LAYOUTS["megatron"], OLD)
+    run.save(50)
+    for root in run.roots:
+        (root.path / "iter_0000100" / "mp_rank_00").mkdir(parents=True)
+        (root.path / "latest_checkpointed_iteration.txt").write_text(tracked)
+    Cluster(tmp_path, LAYOUTS["megatron"], NEW).recover()
+    for root in run.roots:
+        assert (root.path / "latest_checkpointed_iteration.txt").read_text() == tracked
 
 
 # ---------------------------------------------------------------------------- what nodes agree on
