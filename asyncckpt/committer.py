@@ -268,11 +268,13 @@ class Committer:
         """Tell the other ranks that the save has failed for all; rank 0 removes what was written."""
         if self._ranks.is_first:
             self._announce(save, f"{self._member}: {error}")
+            self._pipes.hang_up()
             if save.attempt is not None:
                 self._root.discard(save.attempt)
             return
         try:
             self._ranks.vote(save.call, Ballot(self._ranks.rank, save.step, str(error)))
+            self._pipes.hang_up()
             if self._ranks.nodes.of(self._ranks.rank).places[0] == 0:
                 return  # rank 0 removes what is on its disk
             self._ranks.outcome(save.call)
@@ -515,6 +517,7 @@ class Committer:
 
     def _end(self, save: Save) -> None:
         try:
+            self._pipes.hang_up()
             if save.error is not None:
                 # Whatever failed, the engine may still be looking at the memory that the save holds.
                 if save.snapshot is not None and not save.snapshot.released:

@@ -138,8 +138,12 @@ class Loader:
                 passed_over.append(f"step {step}: {error}")
 
     def _inventory(self) -> bytes:
-        """What lies on this node's disk, where there are several."""
-        return self._root.inventory().to_bytes() if isinstance(self._root, NodeRoot) else b""
+        """What lies on this node's disk, where there are several; its first rank looks, and all hear if it
+        cannot."""
+        root = self._root
+        if not isinstance(root, NodeRoot):
+            return b""
+        return self._together(lambda: root.inventory().to_bytes() if self._ranks.leads else b"")
 
     def _choose(
         self, tried: set[tuple[int, str]], passed_over: list[str], nodes: list[Inventory]

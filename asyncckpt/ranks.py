@@ -271,7 +271,10 @@ class Ranks:
             # In the place of its last one: nobody has to delete ballots.
             self._client.set(f"{self._run}/ballot/{self.rank}", b"%d " % save + ballot.to_bytes())
             if ballot.error is not None:
-                self._client.set(f"{self._run}/{save}/failed", ballot.to_bytes())
+                if not self._client.has(
+                    f"{self._run}/{save}/failed"
+                ):  # what comes later is most likely its doing
+                    self._client.set(f"{self._run}/{save}/failed", ballot.to_bytes())
                 if self.nodes.of(self.rank).places[0] == 0:
                     self._hear()  # whatever the others make of it; on other nodes it is heard to the end
             self._client.add(f"{self._run}/{save}/voted", 1)  # last: when all have voted, all is there
@@ -295,17 +298,10 @@ class Ranks:
             return {}
         client, key = self._client, f"{self._run}/{save}/handed/{self.rank}"
         slots = [f"{self._run}/handed/{self.rank}/{rank}" for rank in others]
-        failed, outcome = f"{self._run}/{save}/failed", f"{self._run}/{save}/outcome"
         deadline = Pauses(self._timeout_s)
         watch = self._watch(others)
         while client.add(key, 0) < len(others):
-            if client.has(failed):
-                if self.is_first:
-                    ballot = Ballot.from_bytes(client.get(failed))
-                    raise RankError(f"{self.called(ballot.rank)}: {ballot.error}")
-                self._await([outcome], [0], "to say who has failed")  # and removes what we just found
-            if client.has(outcome):
-                raise RankError("another rank's part has failed")
+            self.raise_if_failed(save)
             silent = watch.silent(lambda late: self._not_said(save, slots, others, late))
             if silent is not None:
                 raise self._silence_of(silent)
@@ -335,16 +331,22 @@ class Ranks:
         theirs = f"{pair}/{other}-{self.rank}"
         client.set(f"{pair}/{self.rank}-{other}", str(word).encode())
         self._await([theirs], [other], "to exchange slices", or_any=(failed, outcome))
-        if client.has(failed) and self.is_first:
-            ballot = Ballot.from_bytes(client.get(failed))
-            raise RankError(f"{self.called(ballot.rank)}: {ballot.error}")
-        if client.has(failed):
-            self._await([outcome], [0], "to say who has failed")
-        if client.has(outcome):
-            raise RankError("another rank's part has failed")
+        self.raise_if_failed(save)
         word = int(client.get(theirs))
         client.delete(theirs)
         return word
+
+    def raise_if_failed(self, save: int) -> None:
+        """Raise RankError if some rank has failed already; the others do once rank 0 has said who it was."""
+        assert self._client is not None
+        failed, outcome = f"{self._run}/{save}/failed", f"{self._run}/{save}/outcome"
+        if self._client.has(failed):
+            if self.is_first:
+                ballot = Ballot.from_bytes(self._client.get(failed))
+                raise RankError(f"{self.called(ballot.rank)}: {ballot.error}")
+            self._await([outcome], [0], "to say who has failed")  # and removes what we just found
+        if self._client.has(outcome):
+            raise RankError("another rank's part has failed")
 
     def store_between(self, other: int, generation: int) -> Any:
         """A store for this rank and another, the same on both."""

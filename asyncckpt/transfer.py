@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import base64
 import json
+import queue
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,6 +58,10 @@ class Pipe:
         self._do(lambda: self._group.recv([tensor], 1 - self._me, 0))
         return tensor.numpy().data
 
+    def close(self) -> None:
+        """Hang up: the other hears of it at once, whoever still holds this."""
+        self._group = None
+
     def _do(self, begin: Callable[[], Any]) -> None:
         try:
             begin().wait()
@@ -73,6 +79,7 @@ class Pipes:
         self._buffer = torch.empty(CHUNK_NBYTES, dtype=torch.uint8)  # for one pipe at a time
         self._made: dict[int, tuple[int, Pipe]] = {}
         self._broken: dict[int, int] = {}  # how often, by the other's place
+        self._broken_pipes: list[Pipe] = []
 
     def between(self, save: int, other: int) -> Pipe:
         """Once the other rank is there too.
@@ -84,14 +91,33 @@ class Pipes:
         generation = self._broken[other] = max(theirs, self._broken.get(other, 0))
         if other not in self._made or self._made[other][0] != generation:
             called, me = self._ranks.called(other), int(self._ranks.rank > other)
-            store = self._ranks.store_between(other, generation)
             try:
-                group = dist.ProcessGroupGloo(store, me, 2, timedelta(seconds=self._silence_s))
-            except RuntimeError as error:
+                group = self._connected(other, generation, me)
+            except (RuntimeError, TimeoutError) as error:
                 self._break(other)
                 raise RankError(f"{called} cannot be reached for its slices: {error}") from error
             self._made[other] = (generation, Pipe(group, me, called, self._buffer))
         return self._made[other][1]
+
+    def _connected(self, other: int, generation: int, me: int) -> Any:
+        """A group of two. On a thread of its own: a store whose host has stopped knows no deadline."""
+        made: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def connect() -> None:
+            try:
+                store = self._ranks.store_between(other, generation)
+                made.put(dist.ProcessGroupGloo(store, me, 2, timedelta(seconds=self._silence_s)))
+            except Exception as error:  # noqa: BLE001 -- for who waits
+                made.put(error)
+
+        threading.Thread(target=connect, name="asyncckpt-pipe", daemon=True).start()
+        try:
+            found = made.get(timeout=2 * self._silence_s)
+        except queue.Empty:
+            raise TimeoutError(f"no connection after {2 * self._silence_s:g} s") from None
+        if isinstance(found, Exception):
+            raise RuntimeError(str(found)) from found
+        return found
 
     def exchange(
         self,
@@ -133,18 +159,31 @@ class Pipes:
                     parts = [part for part in ours if rank in part.contributors()]
                     called = self._ranks.called(other)
                     handed[rank] = receive(pipe, fs, attempt, parts, rank, called, block_nbytes)
-            except BaseException:
+            except BaseException as error:
                 self._break(other)
+                if isinstance(error, RankError):
+                    self._ranks.raise_if_failed(save)  # the other, most likely, which has said why
                 raise
         return handed
 
     def _break(self, other: int) -> None:
         """What is in the pipe is nobody's: the next save needs another."""
-        self._made.pop(other, None)
+        _, pipe = self._made.pop(other, (0, None))
+        if pipe is not None:
+            self._broken_pipes.append(pipe)
         self._broken[other] = self._broken.get(other, 0) + 1
 
+    def hang_up(self) -> None:
+        """Leave what has failed, once the reason is where the other can read it."""
+        for pipe in self._broken_pipes:
+            pipe.close()
+        self._broken_pipes.clear()
+
     def close(self) -> None:
-        """Drop all."""
+        """Hang up everywhere."""
+        self.hang_up()
+        for _, pipe in self._made.values():
+            pipe.close()
         self._made.clear()
 
 

@@ -151,8 +151,7 @@ def test_a_transfer_that_fails_fails_the_save_and_not_the_next(
     world: World, tmp_path: Path, how: str
 ) -> None:
     for rank, (first, second) in enumerate(world.run(RANKS, fail_while_sending, tmp_path, how)):
-        assert "Error: " in first
-        assert rank == 3 or "rank" in first
+        assert ("unplugged" if how == "fails" else "did not arrive as it was") in first, (rank, first)
         assert second == "ok", first
     assert len(list(tmp_path.glob(f"node*/steps/{STEP}"))) == 2
 

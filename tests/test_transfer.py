@@ -235,19 +235,41 @@ def test_a_slice_that_is_damaged_or_gone_makes_all_fall_back(world: World, tmp_p
     assert world.run(RANKS, lose_a_slice, tmp_path) == [(2, ["step 3:"])] * RANKS
 
 
-def test_a_pipe_names_who_is_gone() -> None:
+def ends(seconds: float) -> list[Pipe]:
+    """Both ends of a pipe, in this process."""
     store = torch.distributed.HashStore()
     groups: list[Any] = [None, None]
 
     def make(me: int) -> None:
-        groups[me] = torch.distributed.ProcessGroupGloo(store, me, 2, timedelta(seconds=0.5))
+        groups[me] = torch.distributed.ProcessGroupGloo(store, me, 2, timedelta(seconds=seconds))
 
     threads = [threading.Thread(target=make, args=(me,)) for me in (0, 1)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    first, second = (Pipe(group, me, f"rank {1 - me}") for me, group in enumerate(groups))
+    return [Pipe(groups.pop(0), me, f"rank {1 - me}") for me in (0, 1)]
+
+
+def test_who_hangs_up_is_heard_of_at_once_also_where_something_holds_the_pipe() -> None:
+    first, second = ends(seconds=60)
+    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            second.receive(5)
+        except RankError as error:
+            heard.put(str(error))
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    first.close()
+    assert "rank 0" in heard.get(timeout=30)
+    listener.join()
+
+
+def test_a_pipe_names_who_is_gone() -> None:
+    first, second = ends(seconds=0.5)
     sender = threading.Thread(target=first.send, args=(b"hello",))  # which ends when it is taken
     sender.start()
     assert bytes(second.receive(5)) == b"hello"
