@@ -76,8 +76,8 @@ class Committer:
         self._ranks = ranks
         self._member = member
         # Of each part the last .metadata, and the digests of what it was made of.
-        self._pipes = Pipes(ranks, silence_s)
         self._metadata: dict[str, tuple[list[tuple[str, str]], bytes]] = {}
+        self._pipes = Pipes(ranks, silence_s)
         self._undecided: list[tuple[int, Attempt]] = []  # prepared here; rank 0 did not say in time what then
         self._said_different = False
         self._keep = keep
@@ -281,7 +281,7 @@ class Committer:
         except RankError as silent:
             _log.warning("the other ranks could not be told: %s", silent)
         if save.attempt is not None:
-            self._root.discard(save.attempt)  # nobody of this node is at it any more, or its rank will notice
+            self._root.discard(save.attempt)  # it never had this rank's vote: nobody can publish it
 
     # -- rank 0
 
@@ -313,24 +313,20 @@ class Committer:
         self._retain(save)
 
     def _prepare(self, save: Save, attempt: Attempt, files: tuple[FileEntry, ...]) -> None:
-        """On all nodes."""
-        several = self._ranks.nodes.are_several
-        if self._ranks.alone:
-            fragments = [self._root.write_fragment(attempt, 0, files)]
-        else:
-            own = self._ballot(save)
-            ballots = self._ranks.collect(save.call, own)
+        """On all nodes, once all ranks have voted."""
+        nodes = self._ranks.nodes
+        ballots = self._ranks.collect(save.call, self._ballot(save))
+        if not self._ranks.alone:
             save.mark("voted")
         ordinal = self._root.next_ordinal()
-        if several:
+        if nodes.are_several:
             self._ranks.lead(save.call, PREPARE, {"ordinal": ordinal, "metadata": save.metadata})
-            ballots = self._ranks.ballots(save.call, own)
-        if not self._ranks.alone:
-            fragments = self._fragments(save, attempt, files, ballots)
+        here = [ballots[place] for place in nodes.of(self._ranks.rank).places]
+        fragments = self._fragments(save, attempt, files, here)
         self._root.prepare(
             attempt, fragments, parts=self._ranks.parts, metadata=save.metadata, ordinal=ordinal
         )
-        if several:
+        if nodes.are_several:
             self._ranks.await_done(save.call, PREPARE)
 
     def _publish_elsewhere(self, save: Save) -> None:
@@ -470,12 +466,12 @@ class Committer:
 
     def _decide_late(self, root: NodeRoot) -> None:
         """What became of saves that rank 0 did not decide in time."""
-        undecided, self._undecided = self._undecided, []
-        for call, attempt in undecided:
+        for call, attempt in list(self._undecided):
             outcome = self._ranks.ended_early(call)
             if outcome is None:
-                self._undecided.append((call, attempt))
-            elif outcome.error is None or outcome.is_published:
+                continue
+            self._undecided.remove((call, attempt))
+            if outcome.error is None or outcome.is_published:
                 root.owe(attempt)
             else:
                 root.discard(attempt)

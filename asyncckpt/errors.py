@@ -24,8 +24,9 @@
         |-- MismatchError      the checkpoint does not fit the live objects: every difference is listed
         `-- UntrustedError     reading it would run code: pass trusted=True if you trust the file
 
-A save that failed never touches an older step. It leaves nothing visible, with one exception, which its
-message names: a step that is whole, but whose name was not proven to survive a power cut.
+A save that failed never touches an older step. It leaves nothing visible, with two exceptions, which its
+message names: a step that is whole, but whose name was not proven to survive a power cut; and, on node-local
+disks, one that is whole and published on some nodes, which the others follow with the next save or start.
 """
 
 from __future__ import annotations

@@ -37,11 +37,14 @@ def boot_id() -> str:
 
 
 def disk_of(directory: Path) -> str:
-    """The same for whoever sees this very directory, or none, from this machine; from another one, never."""
+    """The same for whoever sees this very directory from this machine; from another one, never.
+
+    One that cannot be seen has its machine's: whoever uses it will hear why.
+    """
     machine = boot_id() or os.uname().nodename
     try:
         status = os.stat(directory)
-    except FileNotFoundError:
+    except OSError:
         return machine
     return f"{machine} {status.st_dev} {status.st_ino}"
 

@@ -78,7 +78,7 @@ def meet(
             own(incarnation)
             if disks == "shared" or ranks.alone:
                 CheckpointRoot(path, layout, fs, member.parts).sweep(incarnation)
-        return {"incarnation": incarnation, "disks": disks}
+        return {"incarnation": incarnation, "disks": disks, "disk": disk_of(path)}
 
     begun = ranks.begin(begin)
     incarnation: str = begun["incarnation"]
@@ -91,10 +91,8 @@ def meet(
         if leases and disks == "node-local":
             root.sweep(incarnation)
         return Meeting(incarnation, root, *leases or (None,))
-    if ranks.leads and not ranks.is_first and not read_only:
-        _together(ranks, lambda: own(incarnation))
-    else:
-        _together(ranks, lambda: None)
+    leads_elsewhere = ranks.leads and not ranks.is_first and not read_only
+    _together(ranks, lambda: own(incarnation) if leads_elsewhere else None)
     node_root = NodeRoot(path, layout, fs, member.parts, ranks.nodes.of(ranks.rank))
     if not read_only:
         _recover(node_root, ranks, incarnation)
@@ -111,6 +109,10 @@ def _join(path: Path, ranks: Ranks, begun: dict[str, Any], disks: Disks, fs: Fil
             prepare_root(path, fs)
         except RootError as error:
             problem = error
+        if disk_of(path) != begun["disk"] and owner_of(path) == begun["incarnation"]:
+            problem = RootError(
+                f'{path} is one directory that several machines share; use disks="shared", the default'
+            )
     elif fs is not None and not ranks.is_first and owner_of(path) != begun["incarnation"]:
         problem = RootError(
             f"{path} is not the directory that {ranks.called(0)} sees there; ranks need a filesystem that "

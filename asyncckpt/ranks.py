@@ -319,7 +319,7 @@ class Ranks:
             found[rank] = data
         return found
 
-    def meet(self, save: int, other: int, word: int) -> int:
+    def rendezvous(self, save: int, other: int, word: int) -> int:
         """Wait until another rank wants to exchange slices in this save; a number to it, and its own.
 
         Raises:

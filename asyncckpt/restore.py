@@ -180,7 +180,7 @@ def read_tree(
             }
         return tree
     if place.format == "megatron-dist":
-        return _read_megatron_dist(files, place, trusted, is_whole)
+        return _read_megatron_dist(files, place, trusted)
     if place.format == "driver":
         return _read_driver(files, place, trusted)
     if place.format == "rlinf-dcp":
@@ -330,7 +330,7 @@ def _read_megatron(
     return from_megatron(read_zip(files, place.path(model_rank.model_path), trusted=trusted))
 
 
-def _read_megatron_dist(files: StepFiles, place: Place, trusted: bool, is_whole: bool) -> dict[str, Any]:
+def _read_megatron_dist(files: StepFiles, place: Place, trusted: bool) -> dict[str, Any]:
     """`torch_dist`: what is sharded goes to its branches by name, as one mapping for all ranks."""
     config_path = place.path(CONFIG_PATH)
     try:
@@ -342,7 +342,7 @@ def _read_megatron_dist(files: StepFiles, place: Place, trusted: bool, is_whole:
         ) from None
     if backend != ("torch_dist", 1):
         raise LoadError(f"{files.path(config_path)} names {backend}; only ('torch_dist', 1) is read here")
-    items, _ = _read_items(files, place.path(place.metadata), trusted, is_whole)
+    items, _ = _read_items(files, place.path(place.metadata), trusted, is_whole=True)
     newer = items.pop(COMMON_ITEM, None)
     if isinstance(newer, list) and len(newer) == 1 and isinstance(newer[0], Mapping):
         return from_megatron_dist(newer[0], items)

@@ -87,7 +87,7 @@ class Pipes:
         Raises:
             RankError: it does not come, or the save has failed.
         """
-        theirs = self._ranks.meet(save, other, self._broken.get(other, 0))
+        theirs = self._ranks.rendezvous(save, other, self._broken.get(other, 0))
         generation = self._broken[other] = max(theirs, self._broken.get(other, 0))
         if other not in self._made or self._made[other][0] != generation:
             called, me = self._ranks.called(other), int(self._ranks.rank > other)

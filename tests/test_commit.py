@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -211,17 +210,6 @@ def act(path: Path, layout: Layout, scenario: Scenario, hook: Hook) -> None:
 @pytest.fixture(params=sorted(LAYOUTS))
 def layout(request: pytest.FixtureRequest) -> Layout:
     return LAYOUTS[request.param]
-
-
-@pytest.fixture
-def scratch_path(tmp_path: Path) -> Iterator[Path]:
-    """For thousands of fsyncs that nobody checks: memory, where the machine has such a directory."""
-    memory = Path("/dev/shm")  # noqa: S108 -- mkdtemp below makes a private one
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(directory)
 
 
 def each_operation(tmp_path: Path, layout: Layout, scenario: Scenario) -> Iterator[tuple[int, Path]]:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from asyncckpt import AsyncCheckpointer, _native
+from asyncckpt import AsyncCheckpointer, _native, meeting
 from asyncckpt.errors import CheckpointError, NoIntactStepError, OptionError, WriteError
 from asyncckpt.filesystem import Filesystem
 from tests.process_world import Talk, World, process_world
@@ -363,11 +363,26 @@ def test_ranks_that_say_otherwise_are_told(world: World, tmp_path: Path) -> None
 
 
 def test_one_disk_under_all_ranks_is_a_shared_one(world: World, tmp_path: Path) -> None:
-    world.run(RANKS, load, tmp_path, [0] * RANKS, {})
+    assert world.run(RANKS, load, tmp_path, [0] * RANKS, {}) == [None] * RANKS
     assert world.run(2, save_on_one, tmp_path) == [1, 1]
     with AsyncCheckpointer(tmp_path / "node0" / "steps", extra={"a": 0}) as ckpt:
         found = ckpt.load_latest()
     assert found is not None
+
+
+def share_unknowingly(talk: Talk, rank: int, base: Path) -> str:
+    """One directory, seen from what looks like two machines."""
+    on_node(base, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting, "disk_of", lambda path: f"machine {rank}")
+        return outcome_of(lambda: checkpointer_of(model=nn.Linear(2, 2)))
+
+
+def test_machines_that_share_a_directory_are_told(world: World, tmp_path: Path) -> None:
+    first, second = world.run(2, share_unknowingly, tmp_path)
+    assert "rank 1 cannot take part" in first
+    assert second.startswith("RootError: ")
+    assert all("is one directory that several machines share" in said for said in (first, second))
 
 
 def save_on_one(talk: Talk, rank: int, base: Path) -> int:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,17 +153,6 @@ SCENARIOS = {
         (400, 450, 500, 600), 400, 450, 1, frozenset({(600, OLD), (400, OLD), (450, NEW)})
     ),
 }  # fmt: skip
-
-
-@pytest.fixture
-def scratch_path(tmp_path: Path) -> Iterator[Path]:
-    """For thousands of fsyncs that nobody checks: memory, where the machine has such a directory."""
-    memory = Path("/dev/shm")  # noqa: S108 -- mkdtemp below makes a private one
-    if not os.access(memory, os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(directory)
 
 
 def act(base: Path, layout: Layout, scenario: Scenario, powers: list[Power]) -> None:
