@@ -5,6 +5,7 @@ from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 _Int64 = npt.NDArray[np.int64]
 _UInt64 = npt.NDArray[np.uint64]
@@ -150,6 +151,18 @@ def device_crc32(driver: str, device: int, stream: int, address: int, nbytes: in
 def crc32_portable(data: bytes, crc: int = 0) -> int: ...
 def crc32_combine(crc_a: int, crc_b: int, nbytes_b: int) -> int: ...
 def crc32_kernel() -> str: ...
+def survey(
+    tensors: list[torch.Tensor], kinds: tuple[type, ...], exchange_api: object
+) -> tuple[_UInt64, _Int64] | None:
+    """Addresses and `_version` of tensors of exactly these types.
+
+    Args:
+        exchange_api: what the types have as `__dlpack_c_exchange_api__`; None comes back if it is of another
+            major version than DLPack 1.
+
+    Raises TypeError for other types, and whatever the library raises of a tensor that has no address.
+    """
+
 def copy_is_checked() -> bool: ...
 
 class faults:  # noqa: N801 -- a module, in truth

@@ -581,7 +581,7 @@ class AsyncCheckpointer:
         if not save.done.wait(timeout_s):
             raise TimeoutError(f"step {save.step} is not durable after {timeout_s:g} s")
 
-    def _at_risk(self) -> list[frozenset[int]]:
+    def _at_risk(self) -> list[Callable[[], frozenset[int]]]:
         begun = [(save, save.snapshot) for save in self._in_flight()]
         return [
             s.storages for save, s in begun if s is not None and not (save.checked.is_set() and s.released)

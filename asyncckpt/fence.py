@@ -24,8 +24,8 @@ class StepFence:
     Args:
         before_captured: called in place of `fence` when the step goes into a CUDA graph. It must ask nothing
             of the driver: to wait for an event from outside, for one, would spoil the graph.
-        at_risk: addresses of the storages that saves in flight have not copied yet; asked at every
-            optimizer step.
+        at_risk: of each save in flight that has not copied all yet, what tells the addresses of its storages;
+            asked at every optimizer step.
         optimizers: whose state is saved: their steps change that, whatever their parameters are.
         models: whose forwards change buffers.
         used: devices that hold the state, as far as is known.
@@ -39,7 +39,7 @@ class StepFence:
         self,
         fence: Callable[[], None],
         before_captured: Callable[[], None],
-        at_risk: Callable[[], Iterable[frozenset[int]]],
+        at_risk: Callable[[], Sequence[Callable[[], frozenset[int]]]],
         optimizers: Iterable[Any],
         models: Sequence[torch.nn.Module],
         used: Iterable[int] = (),
@@ -106,8 +106,8 @@ class StepFence:
             self.note_streams()
         if captured and not self.step_was_captured:
             self.step_was_captured = self._is_ours(optimizer) or _touches(optimizer, [self._params()])
-        at_risk = list(self._at_risk())
-        if at_risk and (self._is_ours(optimizer) or _touches(optimizer, at_risk)):
+        at_risk = self._at_risk()
+        if at_risk and (self._is_ours(optimizer) or _touches(optimizer, [of_save() for of_save in at_risk])):
             (self._before_captured if captured else self._fence)()
 
     def _params(self) -> frozenset[int]:

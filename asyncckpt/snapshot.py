@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import _native, devices
@@ -47,22 +48,101 @@ class Guard:
     on DTensors; the step fence keeps the last two from mattering to a model and its optimizer. Of other
     DTensors on the host, checksums are compared; `guard="full"` does so of everything.
 
-    Attributes:
-        storages: addresses of the storages that are at risk.
-
     Must be asked on the thread that trains: a counter moves after the bytes do, so another thread can
     see new bytes under an old version.
     """
+
+    def __init__(self, live: list[tuple[str, torch.Tensor]]) -> None:
+        plain = [named for named in live if type(named[1]) in _PLAIN]
+        self._watches: tuple[_AtOnce | _OneByOne, ...]
+        try:
+            odd = [named for named in live if type(named[1]) not in _PLAIN]
+            self._watches = _AtOnce(plain), _OneByOne(odd)
+        except _NotSurveyedError:
+            self._watches = (_OneByOne(live),)
+
+    def changed(self) -> str | None:
+        """The first tensor that changed and how; None if none did."""
+        return next(filter(None, (watch.changed() for watch in self._watches)), None)
+
+    def storages(self) -> frozenset[int]:
+        """Addresses of the storages that are at risk."""
+        return frozenset().union(*(watch.storages() for watch in self._watches))
+
+    def release(self) -> None:
+        """Let go of the tensors."""
+        for watch in self._watches:
+            watch.release()
+
+
+class _NotSurveyedError(Exception):
+    pass
+
+
+# Tensors of other types may be handles of others, and need not be what DLPack takes them for.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _survey(tensors: list[torch.Tensor]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Addresses and versions of plain tensors, without a call of python for each.
+
+    Raises:
+        _NotSurveyedError: one is sparse, without memory, or of inference mode; or torch has no table of
+            DLPack's functions.
+    """
+    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    try:
+        found = _native.survey(tensors, _PLAIN, table) if table is not None else None
+    except (TypeError, RuntimeError, BufferError) as error:
+        raise _NotSurveyedError from error
+    if found is None:
+        raise _NotSurveyedError
+    return found
+
+
+class _AtOnce:
+    """Watches plain tensors, thousands in a millisecond. It holds the storages, so that memory stays when
+    `tensor.data` is pointed elsewhere."""
+
+    def __init__(self, live: list[tuple[str, torch.Tensor]]) -> None:
+        tensors = [tensor for _, tensor in live]
+        addresses, versions = _survey(tensors)
+        self._watched = live, tensors, addresses, versions, [tensor.untyped_storage() for tensor in tensors]
+
+    def changed(self) -> str | None:
+        live, tensors, addresses, versions, storages = self._watched
+        try:
+            addresses_now, versions_now = _survey(tensors)
+        except _NotSurveyedError:  # one was pointed to memory of another kind
+            versions_now = np.array([_version(tensor) for tensor in tensors], dtype=np.int64)
+            addresses_now = np.zeros_like(addresses)
+        for index in np.flatnonzero(versions_now != versions).tolist():
+            return f"{live[index][0]} was written to"
+        for index in np.flatnonzero(addresses_now != addresses).tolist():
+            begin = storages[index].data_ptr()
+            if not begin <= int(addresses[index]) <= begin + storages[index].nbytes():
+                return f"the storage of {live[index][0]} was resized or replaced"
+        return None
+
+    def storages(self) -> frozenset[int]:
+        *_, storages = self._watched
+        return frozenset(address for storage in storages if (address := storage.data_ptr()))
+
+    def release(self) -> None:
+        nothing = np.empty(0, dtype=np.uint64)
+        self._watched = [], [], nothing, nothing, []
+
+
+class _OneByOne:
+    """Watches tensors of any type."""
 
     def __init__(self, live: list[tuple[str, torch.Tensor]]) -> None:
         # Aliases share the counter; they keep the memory when `tensor.data` is pointed elsewhere.
         self._watched = [
             (name, alias := tensor.detach(), _version(alias), *_memory(alias)) for name, tensor in live
         ]
-        self.storages = frozenset(address for _, _, _, _, address, _ in self._watched if address)
 
     def changed(self) -> str | None:
-        """The first tensor that changed and how; None if none did."""
         for name, tensor, version, *memory in self._watched:
             if _version(tensor) != version:
                 return f"{name} was written to"
@@ -70,9 +150,11 @@ class Guard:
                 return f"the storage of {name} was resized or replaced"
         return None
 
+    def storages(self) -> frozenset[int]:
+        return frozenset(address for _, _, _, _, address, _ in self._watched if address)
+
     def release(self) -> None:
-        """Let go of the tensors."""
-        self._watched.clear()
+        self._watched = []
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -133,10 +215,9 @@ class Snapshot:
         """See `Guard.changed`."""
         return self._guard.changed()
 
-    @property
     def storages(self) -> frozenset[int]:
         """Addresses of the storages that training must not change yet."""
-        return self._guard.storages
+        return self._guard.storages()
 
     def wait_enqueued(self, timeout_s: float) -> bool:
         """Wait until all host memory was read and all copies from devices are on their way; False when the

@@ -11,11 +11,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <optional>
 
 #include "crc32.h"
 #include "device.h"
 #include "device_crc.h"
+#include "dlpack.h"
 #include "engine.h"
 #include "faults.h"
 #include "image.h"
@@ -179,6 +181,54 @@ struct FileReads {
     files.push_back(std::move(file));
   }
 };
+
+// The table for our major version; null if there is none.
+const dlpack::ExchangeApi* exchange_api(nb::handle capsule) {
+  const void* found = PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName);
+  if (found == nullptr) throw nb::python_error();
+  const auto* header = static_cast<const dlpack::ExchangeHeader*>(found);
+  while (header != nullptr && header->version.major != dlpack::kMajor) header = header->older;
+  return reinterpret_cast<const dlpack::ExchangeApi*>(header);
+}
+
+int64_t version_of(PyObject* tensor) {
+  static PyObject* const name = PyUnicode_InternFromString("_version");
+  const nb::object version = nb::steal(PyObject_GetAttr(tensor, name));
+  if (!version.is_valid()) throw nb::python_error();
+  const int64_t number = PyLong_AsLongLong(version.ptr());
+  if (number == -1 && PyErr_Occurred()) throw nb::python_error();
+  return number;
+}
+
+template <typename Number>
+nb::object as_array(std::unique_ptr<Number[]> numbers, size_t count) {
+  nb::capsule owner(numbers.get(), [](void* p) noexcept { delete[] static_cast<Number*>(p); });
+  Number* const first = numbers.release();
+  return nb::cast(nb::ndarray<nb::numpy, Number, nb::ndim<1>>(first, {count}, owner));
+}
+
+// Addresses and version counters. Calls nothing that runs Python code, so the list stays as it is.
+nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule) {
+  const dlpack::ExchangeApi* const api = exchange_api(capsule);
+  if (api == nullptr || api->tensor_from_object == nullptr) return nb::none();
+  std::vector<const PyObject*> known;
+  for (nb::handle kind : kinds) known.push_back(kind.ptr());
+  const size_t count = tensors.size();
+  auto addresses = std::make_unique<uint64_t[]>(count);
+  auto versions = std::make_unique<int64_t[]>(count);
+  for (size_t i = 0; i < count; ++i) {
+    PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
+    const auto* kind = reinterpret_cast<const PyObject*>(Py_TYPE(tensor));
+    if (std::find(known.begin(), known.end(), kind) == known.end())
+      throw nb::type_error("not one of these kinds of tensors");
+    dlpack::Tensor seen;
+    if (api->tensor_from_object(tensor, &seen) != 0) throw nb::python_error();
+    addresses[i] = reinterpret_cast<uintptr_t>(seen.data) + seen.byte_offset;
+    versions[i] = version_of(tensor);
+  }
+  return nb::make_tuple(as_array(std::move(addresses), count),
+                        as_array(std::move(versions), count));
+}
 
 }  // namespace
 
@@ -371,6 +421,7 @@ NB_MODULE(_native, m) {
   m.def("crc32_combine", &crc32_combine, "crc_a"_a, "crc_b"_a, "nbytes_b"_a);
   m.def("crc32_kernel", &crc32_kernel);
   m.def("copy_is_checked", &copy_is_checked);
+  m.def("survey", &survey, "tensors"_a, "kinds"_a, "exchange_api"_a);
 
   nb::module_ f = m.def_submodule("faults", "Faults on demand, for tests.");
   nb::enum_<faults::Op>(f, "Op")
