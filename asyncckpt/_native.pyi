@@ -74,6 +74,7 @@ class Engine:
         direct: bool,
         prefault: bool,
         driver: str = ...,
+        yielding: bool = ...,
     ) -> None: ...
     def use_device(self, ordinal: int) -> None:
         """Raises DeviceError."""

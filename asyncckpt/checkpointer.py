@@ -100,6 +100,8 @@ class AsyncCheckpointer:
             then the step fence waits for the disk. Default: see `memory.default_host_memory_bytes`. With
             guard="full", checksums of what is on CUDA devices take 8 MiB more, once for the process.
         writers: threads that write to disk.
+        writers_priority: "normal": a little below training's. "low": nice 19 and the lowest best-effort I/O
+            priority (which only some I/O schedulers heed); a save may then take long on a busy machine.
         keep_last: steps to keep, by order of commit; None keeps all.
         keep_every: also keep steps divisible by this.
         on_error: "raise": a failed save surfaces at the next save(), at wait() and close(). "warn": it
@@ -155,6 +157,7 @@ class AsyncCheckpointer:
         layout: str = "dcp",
         host_memory: int | None = None,
         writers: int = 4,
+        writers_priority: Literal["normal", "low"] = "normal",
         keep_last: int | None = None,
         keep_every: int | None = None,
         on_error: Literal["raise", "warn"] = "raise",
@@ -180,6 +183,7 @@ class AsyncCheckpointer:
         options.check_choice("guard", guard, ("versions", "full"))
         options.check_choice("fencing", fencing, ("hooks", "manual"))
         options.check_choice("pack", pack, ("auto", "always", "never"))
+        options.check_choice("writers_priority", writers_priority, ("normal", "low"))
         options.check_choice("when_busy", when_busy, ("wait", "skip"))
         options.check_choice("disks", disks, ("shared", "node-local"))
         options.check_positive(
@@ -252,7 +256,12 @@ class AsyncCheckpointer:
             self._planner = planner
             # Where every byte is compared, a write that nobody fenced must be seen, packed or not.
             self._packer = Packer("never" if guard == "full" else pack)
-            self._stager = Stager(host_memory, writers=writers, full_guard=guard == "full")
+            self._stager = Stager(
+                host_memory,
+                writers=writers,
+                full_guard=guard == "full",
+                yielding=writers_priority == "low",
+            )
             undo.callback(self._stager.close)
             self._stager.use_devices(self._state.devices())
             # Whoever wraps a model may have compiled it, and then hears of no hooks inside.

@@ -368,12 +368,18 @@ class Stager:
         host_memory_bytes: all that staging may take: the engine's arena, and a reserve for what is
             copied inside save() (an eighth, at most 16 MiB).
         writers: threads that write to disk.
+        yielding: whether these stand back behind all else that wants the CPU or the disk.
         copiers: threads that copy into the arena; None for one per four cores.
         full_guard: compare checksums taken inside save() with those of the bytes written.
     """
 
     def __init__(
-        self, host_memory_bytes: int, writers: int = 4, copiers: int | None = None, full_guard: bool = False
+        self,
+        host_memory_bytes: int,
+        writers: int = 4,
+        copiers: int | None = None,
+        full_guard: bool = False,
+        yielding: bool = False,
     ) -> None:
         self.reserve_nbytes = min(_RESERVE_NBYTES_MAX, host_memory_bytes // 8)
         arena_nbytes = host_memory_bytes - self.reserve_nbytes
@@ -389,6 +395,7 @@ class Stager:
                 direct=True,
                 prefault=True,
                 driver=devices.seam.driver,
+                yielding=yielding,
             )
         except MemoryError as error:
             raise OptionError(f"host_memory: {host_memory_bytes} bytes cannot be had") from error

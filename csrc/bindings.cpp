@@ -304,7 +304,7 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](EngineHandle* self, size_t arena_nbytes, size_t chunk_nbytes, unsigned copiers,
-             unsigned writers, bool direct, bool prefault, std::string driver) {
+             unsigned writers, bool direct, bool prefault, std::string driver, bool yielding) {
             if (chunk_nbytes == 0 || chunk_nbytes % kDirectAlignment != 0)
               throw nb::value_error("chunk_nbytes must be a positive multiple of 4096");
             EngineOptions options;
@@ -315,10 +315,11 @@ NB_MODULE(_native, m) {
             options.direct = direct;
             options.prefault = prefault;
             options.driver = std::move(driver);
+            options.yielding = yielding;
             new (self) EngineHandle(options);
           },
           nb::kw_only(), "arena_nbytes"_a, "chunk_nbytes"_a, "copiers"_a, "writers"_a, "direct"_a,
-          "prefault"_a, "driver"_a = "libcuda.so.1")
+          "prefault"_a, "driver"_a = "libcuda.so.1", "yielding"_a = false)
       .def(
           "use_device",
           [](EngineHandle& handle, int ordinal) {

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,8 +22,21 @@
 namespace asyncckpt {
 namespace {
 
-// Added to the nice value of the writers.
+// Added to the nice value of the writers, so that they stand back on a machine with too few cores.
 constexpr int kWritersNice = 5;
+constexpr int kNiceMax = 19;
+
+// Of ioprio_set(2), which glibc leaves to its callers. Not the idle class: behind somebody else's steady
+// reads it would never get to write.
+constexpr int kIoprioOfThread = 1;                    // IOPRIO_WHO_PROCESS
+constexpr int kIoprioBestEffortLowest = 2 << 13 | 7;  // IOPRIO_CLASS_BE, level 7
+
+// On Linux both are a thread's own. Refused or not, all stays correct.
+void stand_back(bool yielding) {
+  const int nice = yielding ? kNiceMax : ::getpriority(PRIO_PROCESS, 0) + kWritersNice;
+  ::setpriority(PRIO_PROCESS, 0, nice);
+  if (yielding) ::syscall(SYS_ioprio_set, kIoprioOfThread, 0, kIoprioBestEffortLowest);
+}
 
 DeviceFailure all_lost() {
   return {"staging", "devices refused to say when they are done with any of this memory"};
@@ -143,6 +157,7 @@ Engine::Engine(const EngineOptions& options)
       direct_(options.direct),
       driver_(options.driver),
       copiers_(std::max(1u, options.copiers)),
+      yielding_(options.yielding),
       owner_(::getpid()) {
   for (size_t index = arena_.chunks(); index-- > 0;) free_buffers_.push_back(index);
   // Should a thread not be had (a limit on processes), the others must be joined before they are
@@ -705,8 +720,7 @@ void Engine::seal(Job::FileState& file, Job::Chunk& chunk) {
 // ---- Engine: writing ---------------------------------------------------------------------------
 
 void Engine::write_loop() {
-  // On Linux the nice value is a thread's own. Refused or not, all stays correct.
-  ::setpriority(PRIO_PROCESS, 0, ::getpriority(PRIO_PROCESS, 0) + kWritersNice);
+  stand_back(yielding_);
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     // What can be written goes first: it keeps the disk busy and makes room.

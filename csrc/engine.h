@@ -193,8 +193,9 @@ struct EngineOptions {
   size_t chunk_nbytes = size_t{4} << 20;  // also the size of a CRC block; a multiple of 4096
   unsigned copiers = 1;
   unsigned writers = 4;
-  bool direct = true;                   // try O_DIRECT
-  bool prefault = true;                 // make the arena's pages present in the background
+  bool yielding = false;  // writers wait for all others: nice 19, lowest I/O priority but idle
+  bool direct = true;     // try O_DIRECT
+  bool prefault = true;   // make the arena's pages present in the background
   std::string driver = "libcuda.so.1";  // loaded when a device is first used
 };
 
@@ -269,6 +270,7 @@ class Engine {
   const bool direct_;
   const std::string driver_;
   const unsigned copiers_;
+  const bool yielding_;
   const pid_t owner_;
   std::mutex mutex_;
   std::condition_variable work_for_copiers_;

@@ -5,6 +5,7 @@ Copies are held by a native fault where a test wants them, so nothing here depen
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
@@ -654,3 +655,30 @@ def test_what_is_an_index_is_a_step(tmp_path: Path, model: nn.Linear) -> None:
             with pytest.raises(OptionError, match="step"):
                 checkpointer.save(step)
         assert checkpointer.steps() == [3, 4]
+
+
+# ---------------------------------------------------------------------------- priorities
+
+_IOPRIO_GET = {"x86_64": 252, "aarch64": 31}  # numbers of the system call, which glibc does not wrap
+_BEST_EFFORT_LOWEST = 2 << 13 | 7
+
+
+@pytest.mark.parametrize("priority", ["normal", "low"])
+def test_writers_stand_back_as_far_as_they_are_told(tmp_path: Path, model: nn.Linear, priority: Any) -> None:
+    def threads() -> set[int]:
+        return {int(entry.name) for entry in Path("/proc/self/task").iterdir()}
+
+    mine, before = os.getpriority(os.PRIO_PROCESS, 0), threads()
+    with AsyncCheckpointer(tmp_path, model=model, writers=1, writers_priority=priority) as checkpointer:
+        checkpointer.save(1).wait()  # the writer has begun
+        ours = threads() - before
+        nice = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in ours}
+        stood_back = [thread for thread, value in nice.items() if value != mine]
+        assert [nice[thread] for thread in stood_back] == [19 if priority == "low" else min(19, mine + 5)]
+        if os.uname().machine in _IOPRIO_GET:
+            ask = ctypes.CDLL(None).syscall
+            given = ask(_IOPRIO_GET[os.uname().machine], 1, stood_back[0])
+            assert (given == _BEST_EFFORT_LOWEST) == (priority == "low")
+    assert os.getpriority(os.PRIO_PROCESS, 0) == mine
+    with pytest.raises(OptionError, match="writers_priority"):
+        AsyncCheckpointer(tmp_path, model=model, writers_priority="idle")  # type: ignore[arg-type]
