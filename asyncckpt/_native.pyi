@@ -153,15 +153,16 @@ def crc32_portable(data: bytes, crc: int = 0) -> int: ...
 def crc32_combine(crc_a: int, crc_b: int, nbytes_b: int) -> int: ...
 def crc32_kernel() -> str: ...
 def survey(
-    tensors: list[torch.Tensor], kinds: tuple[type, ...], exchange_api: object
-) -> tuple[_UInt64, _Int64] | None:
-    """Addresses and `_version` of tensors of exactly these types.
+    tensors: list[torch.Tensor], kinds: tuple[type, ...], exchange_api: object, forms: bool = False
+) -> tuple[_UInt64, _Int64, bytes] | None:
+    """Addresses and `_version` of tensors of exactly these types, and what they are if `forms` is asked for.
 
     Args:
         exchange_api: what the types have as `__dlpack_c_exchange_api__`; None comes back if it is of another
             major version than DLPack 1.
 
-    Raises TypeError for other types, and whatever the library raises of a tensor that has no address.
+    Raises TypeError for other types, ValueError where a form is asked of what is not dense, and whatever the
+    library raises of a tensor that has no address.
     """
 
 def copy_is_checked() -> bool: ...

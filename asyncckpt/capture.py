@@ -72,7 +72,8 @@ class Captured:
 
     Attributes:
         tree: as it was, with copies in place of volatile tensors.
-        live: names and tensors that are still the live ones; the guard watches them.
+        live: names and tensors that are still the live ones; the guard watches them. Without the steady ones,
+            where the tree is not whole.
         seen: ids of all tensors in the tree, copies too.
         forward_changes: some buffer was too large to copy; the next forward must wait.
     """
@@ -109,9 +110,7 @@ def capture(tree: StateTree, buffers: set[int], reserve: Reserve) -> Captured:
             copies[key] = made
         return copies[key]
 
-    result = StateTree(tree)
-    result.parameters = tree.parameters
-    result.write_only = tree.write_only
+    result = tree.like(tree)
     for name, branch in tree.items():
         if _MODEL.fullmatch(name):
             if buffers:

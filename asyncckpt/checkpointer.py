@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from . import memory, options
-from .capture import Reserve, capture, capture_hidden
+from .capture import Captured, Reserve, capture, capture_hidden
 from .commit import attempt_id
 from .committer import Committer
 from .errors import (
@@ -53,10 +53,12 @@ from .loader import Loader, Resume
 from .meeting import Disks, meet
 from .packing import Packer
 from .parts import Member
+from .plan import Planned
 from .planners import planner_for
 from .ranks import member_of, ranks_of
 from .snapshot import Stager
-from .state import TrainingState, named_models
+from .state import Look, TrainingState, named_models
+from .tree import StateTree
 
 _log = logging.getLogger(__name__)
 
@@ -384,14 +386,7 @@ class AsyncCheckpointer:
 
     def _begin(self, save: Save, committer: Committer) -> None:
         self._order_after_steps()
-        tree = self._state.capture(save.step)
-        save.report.state_dict_s = dict(self._state.capture_s)
-        reserve = Reserve(self._stager.reserve_nbytes, [other.report for other in self._in_flight()])
-        captured = capture(tree, self._state.buffers(), reserve)
-        save.mark("captured")
-        planned = self._planner.plan(captured.tree)
-        captured, planned = capture_hidden(captured, planned, reserve)
-        save.mark("planned")
+        captured, planned, reserve = self._capture(save)
         self._fence.note_streams(planned.used_devices())
         if captured.forward_changes:
             self._fence.before_forward()
@@ -417,7 +412,8 @@ class AsyncCheckpointer:
             save.report.packed, save.report.pack_s = packing.tensors, packing.seconds
             save.sample = packing.sample
             save.submitting_s = save.elapsed_s()
-            save.snapshot = self._stager.snapshot(packing.planned, captured.live, attempt.files)
+            steady = None if captured.tree.is_whole else captured.tree.steady
+            save.snapshot = self._stager.snapshot(packing.planned, captured.live, attempt.files, steady)
             self._state.hold_back_arrays()  # until what was copied inside save() is copied
             save.mark("submitted")
             committer.take(save)
@@ -428,6 +424,27 @@ class AsyncCheckpointer:
             if self._ranks.is_first:
                 self._root.discard(attempt)
             raise
+
+    def _capture(self, save: Save) -> tuple[Captured, Planned, Reserve]:
+        """What is saved, and its plan: the last one, if what training changes in place is what it was."""
+        look = self._state.look()
+        is_known = look.steady is not None and self._planner.knows(look.steady.structure)
+        tree = self._state.capture(save.step, look, whole=not is_known)
+        save.report.state_dict_s = dict(self._state.capture_s)
+        captured, reserve = self._captured(tree, look)
+        save.mark("captured")
+        planned = self._planner.plan_again(captured.tree) if is_known else None
+        if planned is None:
+            if is_known:  # a pickle has outgrown its slot, or something else is new
+                captured, reserve = self._captured(self._state.completed(tree, look), look)
+            planned = self._planner.plan(captured.tree)
+        captured, planned = capture_hidden(captured, planned, reserve)
+        save.mark("planned")
+        return captured, planned, reserve
+
+    def _captured(self, tree: StateTree, look: Look) -> tuple[Captured, Reserve]:
+        reserve = Reserve(self._stager.reserve_nbytes, [other.report for other in self._in_flight()])
+        return capture(tree, self._state.buffers(look), reserve), reserve
 
     def _order_after_steps(self) -> None:
         try:

@@ -10,7 +10,7 @@ Pure: no I/O, no threads, no tensor bytes. A planner belongs to one thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from .formats.image import FileImage, Int64Array
 from .formats.pickles import BadPickleError, Pickled, StorageRef, find_inert, unpickle
 from .formats.refs import span_elements
 from .shards import local_of
-from .tree import Leaf, tensors_in
+from .tree import Leaf, StateTree, Structure, tensors_in
 
 _ATOMS = {str, int, float, bool, type(None)}
 NO_SLAB = -1  # in place of a slab's number; the same as kNoSlab in csrc/engine.h
@@ -111,6 +111,10 @@ class WritePlan:
         closed = [part.path for part in self.shared if part.image is not None]
         return {path.rpartition("/")[0] for path in (*closed, *(i.path for i in self.images))} - {""}
 
+    def takes(self, pickles: Sequence[Pickled]) -> bool:
+        """Whether each pickle fits its slot."""
+        return all(len(one.data) <= slot for one, slot in zip(pickles, self.slots, strict=True))
+
     @property
     def pickled_nbytes(self) -> int:
         """Bytes of all pickles, padded."""
@@ -161,6 +165,12 @@ class Planner(Protocol):
     def plan(self, tree: Mapping[str, Any]) -> Planned:
         """Raises LeafError naming a leaf that cannot be saved."""
 
+    def knows(self, structure: Structure) -> bool:
+        """Whether the last plan was of a tree with these steady tensors, so that `plan_again` may serve."""
+
+    def plan_again(self, tree: StateTree) -> Planned | None:
+        """The last plan for a tree without the steady tensors; None if it is another plan that is needed."""
+
 
 def span_nbytes(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to the end of the last that its strides reach."""
@@ -176,12 +186,15 @@ class PlanCache:
         self.plans_made = 0
         self._plan: WritePlan | None = None
 
+    def knows(self, structure: Structure) -> bool:
+        return False
+
+    def plan_again(self, tree: StateTree) -> Planned | None:
+        return None
+
     def _serve(self, signature: object, pickles: list[Pickled]) -> WritePlan | None:
         plan = self._plan
-        if plan is None or plan.signature != signature:
-            return None
-        fits = all(len(p.data) <= slot for p, slot in zip(pickles, plan.slots, strict=True))
-        return plan if fits else None
+        return plan if plan is not None and plan.signature == signature and plan.takes(pickles) else None
 
     def _keep(self, plan: WritePlan) -> WritePlan:
         self.plans_made += 1
@@ -195,38 +208,62 @@ def slot_nbytes(pickle_nbytes: int) -> int:
     return (pickle_nbytes + pickle_nbytes // 8 + 256 + 511) // 512 * 512
 
 
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Runs of tensors' memory, in the order of a plan's sources.
+
+    Attributes:
+        addresses, sizes: uint64; devices: int32.
+        held: what keeps that memory alive, unless somebody else does.
+    """
+
+    addresses: np.ndarray[Any, np.dtype[np.uint64]]
+    sizes: np.ndarray[Any, np.dtype[np.uint64]]
+    devices: np.ndarray[Any, np.dtype[np.int32]]
+    held: Any
+
+    @classmethod
+    def of(cls, spans: Sequence[tuple[torch.Tensor, int, int]]) -> Spans:
+        """Of tensors: each with the first byte of its memory, and a number of bytes."""
+        return cls(
+            np.array([tensor.data_ptr() + begin for tensor, begin, _ in spans], dtype=np.uint64),
+            np.array([nbytes for _, _, nbytes in spans], dtype=np.uint64),
+            np.array([devices.seam.device_of(tensor) for tensor, _, _ in spans], dtype=np.int32),
+            [tensor for tensor, _, _ in spans],
+        )
+
+
 def planned_with(
     plan: WritePlan,
     named: list[tuple[str, Pickled]],
-    spans: list[tuple[torch.Tensor, int, int]],
+    spans: Spans,
     replanned: bool,
     shared_crcs: tuple[int, ...] = (),
 ) -> Planned:
-    """Sources in the order of every plan: pickles, spans, then the storages met while pickling.
-
-    Args:
-        spans: tensor, first byte of its memory, number of bytes.
-    """
+    """Sources in the order of every plan: pickles, spans, then the storages met while pickling."""
     padded = [
         np.frombuffer(pickled.data.ljust(slot, b"\0"), np.uint8)
         for (_, pickled), slot in zip(named, plan.slots, strict=True)
     ]
-    table = [(array.ctypes.data, array.nbytes) for array in padded]
-    table += [(tensor.data_ptr() + begin, nbytes) for tensor, begin, nbytes in spans]
-    where = [devices.HOST] * len(padded) + [devices.seam.device_of(tensor) for tensor, _, _ in spans]
     storages = [storage for _, pickled in named for storage in pickled.storages]
-    numbered = tuple(enumerate(storages, start=len(table)))
-    table += [(storage.data_ptr(), storage.nbytes()) for storage in storages]
-    where += [devices.seam.device_of(storage) for storage in storages]
-    both = np.array(table, dtype=np.uint64).reshape(-1, 2)
+    first = len(padded) + len(spans.sizes)
+
+    def joined(pickled: list[int], of_spans: Any, of_storages: list[int], kind: Any) -> Any:
+        return np.concatenate([np.array(pickled, kind), of_spans, np.array(of_storages, kind)])
+
     return Planned(
         plan,
-        np.ascontiguousarray(both[:, 0]),
-        np.ascontiguousarray(both[:, 1]),
-        np.array(where, dtype=np.int32),
-        numbered,
+        joined([p.ctypes.data for p in padded], spans.addresses, [s.data_ptr() for s in storages], np.uint64),
+        joined([p.nbytes for p in padded], spans.sizes, [s.nbytes() for s in storages], np.uint64),
+        joined(
+            [devices.HOST] * len(padded),
+            spans.devices,
+            [devices.seam.device_of(storage) for storage in storages],
+            np.int32,
+        ),
+        tuple(enumerate(storages, start=first)),
         tuple((name, tensor) for name, pickled in named for tensor in pickled.tensors),
-        (padded, [pickled for _, pickled in named], [tensor for tensor, _, _ in spans]),
+        (padded, [pickled for _, pickled in named], spans.held),
         replanned,
         shared_crcs,
     )

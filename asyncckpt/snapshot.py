@@ -29,6 +29,8 @@ from .formats.slices import Run
 from .options import FOREVER_S
 from .plan import Planned, SharedPart, WritePlan
 from .shards import is_sharded, local_of
+from .survey import PLAIN, NotSurveyedError, Survey, survey
+from .tree import Steady
 
 _log = logging.getLogger(__name__)
 
@@ -52,14 +54,17 @@ class Guard:
     see new bytes under an old version.
     """
 
-    def __init__(self, live: list[tuple[str, torch.Tensor]]) -> None:
-        plain = [named for named in live if type(named[1]) in _PLAIN]
-        self._watches: tuple[_AtOnce | _OneByOne, ...]
+    def __init__(self, live: list[tuple[str, torch.Tensor]], steady: Steady | None = None) -> None:
+        plain = [named for named in live if type(named[1]) in PLAIN]
+        self._watches: list[_AtOnce | _OneByOne] = []
+        if steady is not None:
+            self._watches.append(_AtOnce(steady.structure.names, steady.tensors, steady.survey))
         try:
-            odd = [named for named in live if type(named[1]) not in _PLAIN]
-            self._watches = _AtOnce(plain), _OneByOne(odd)
-        except _NotSurveyedError:
-            self._watches = (_OneByOne(live),)
+            tensors = [tensor for _, tensor in plain]
+            self._watches.append(_AtOnce([name for name, _ in plain], tensors, survey(tensors)))
+            self._watches.append(_OneByOne([named for named in live if type(named[1]) not in PLAIN]))
+        except NotSurveyedError:
+            self._watches.append(_OneByOne(live))
 
     def changed(self) -> str | None:
         """The first tensor that changed and how; None if none did."""
@@ -75,53 +80,27 @@ class Guard:
             watch.release()
 
 
-class _NotSurveyedError(Exception):
-    pass
-
-
-# Tensors of other types may be handles of others, and need not be what DLPack takes them for.
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _survey(tensors: list[torch.Tensor]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Addresses and versions of plain tensors, without a call of python for each.
-
-    Raises:
-        _NotSurveyedError: one is sparse, without memory, or of inference mode; or torch has no table of
-            DLPack's functions.
-    """
-    table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    try:
-        found = _native.survey(tensors, _PLAIN, table) if table is not None else None
-    except (TypeError, RuntimeError, BufferError) as error:
-        raise _NotSurveyedError from error
-    if found is None:
-        raise _NotSurveyedError
-    return found
-
-
 class _AtOnce:
     """Watches plain tensors, thousands in a millisecond. It holds the storages, so that memory stays when
     `tensor.data` is pointed elsewhere."""
 
-    def __init__(self, live: list[tuple[str, torch.Tensor]]) -> None:
-        tensors = [tensor for _, tensor in live]
-        addresses, versions = _survey(tensors)
-        self._watched = live, tensors, addresses, versions, [tensor.untyped_storage() for tensor in tensors]
+    def __init__(self, names: Sequence[str], tensors: list[torch.Tensor], now: Survey) -> None:
+        storages = list(map(torch.Tensor.untyped_storage, tensors))
+        self._watched = names, tensors, now.addresses, now.versions, storages
 
     def changed(self) -> str | None:
-        live, tensors, addresses, versions, storages = self._watched
+        names, tensors, addresses, versions, storages = self._watched
         try:
-            addresses_now, versions_now = _survey(tensors)
-        except _NotSurveyedError:  # one was pointed to memory of another kind
+            addresses_now, versions_now, _ = survey(tensors)
+        except NotSurveyedError:  # one was pointed to memory of another kind
             versions_now = np.array([_version(tensor) for tensor in tensors], dtype=np.int64)
             addresses_now = np.zeros_like(addresses)
         for index in np.flatnonzero(versions_now != versions).tolist():
-            return f"{live[index][0]} was written to"
+            return f"{names[index]} was written to"
         for index in np.flatnonzero(addresses_now != addresses).tolist():
             begin = storages[index].data_ptr()
             if not begin <= int(addresses[index]) <= begin + storages[index].nbytes():
-                return f"the storage of {live[index][0]} was resized or replaced"
+                return f"the storage of {names[index]} was resized or replaced"
         return None
 
     def storages(self) -> frozenset[int]:
@@ -129,8 +108,7 @@ class _AtOnce:
         return frozenset(address for storage in storages if (address := storage.data_ptr()))
 
     def release(self) -> None:
-        nothing = np.empty(0, dtype=np.uint64)
-        self._watched = [], [], nothing, nothing, []
+        self._watched = [], [], np.empty(0, np.uint64), np.empty(0, np.int64), []
 
 
 class _OneByOne:
@@ -416,8 +394,17 @@ class Stager:
         except _native.DeviceError as failure:
             raise DeviceError(str(failure)) from failure
 
-    def snapshot(self, planned: Planned, live: list[tuple[str, torch.Tensor]], directory: Path) -> Snapshot:
+    def snapshot(
+        self,
+        planned: Planned,
+        live: list[tuple[str, torch.Tensor]],
+        directory: Path,
+        steady: Steady | None = None,
+    ) -> Snapshot:
         """Begin to write `planned` into `directory`, which holds none of its files yet.
+
+        Args:
+            live, steady: what the guard watches. Of steady tensors, it holds the memory.
 
         Memory on devices is copied as it is once this thread's current streams have done what they have
         now; nothing waits for them here, but for `guard="full"`.
@@ -426,7 +413,7 @@ class Stager:
             DeviceError: a device refused.
         """
         _drop_released()
-        guard = Guard(live)
+        guard = Guard(live, steady)
         images = self._images(planned.plan)
         streams = devices.current_streams(planned.used_devices())
         try:

@@ -22,19 +22,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .devices import devices_of
 from .errors import OptionError
-from .sections import BringsSections, GroupSection, Section, SharedSection, Stateful, StatefulSection
+from .sections import (
+    BringsSections,
+    GroupSection,
+    Section,
+    SharedSection,
+    Stateful,
+    StatefulSection,
+    SteadyBranch,
+    SteadyPart,
+    SteadySection,
+)
 from .sections.generators import RngSection
 from .sections.model import ModelSection, own_name, unwrapped
 from .sections.optimizer import OptimizerSection
 from .sections.values import ValueSection
+from .shards import local_of
 from .shared import SHARED_BRANCH
-from .tree import Matching, StateTree
+from .survey import NotSurveyedError, survey
+from .tree import Matching, StateTree, Steady, Structure
+
+
+class Look(NamedTuple):
+    """What was found without asking tensor by tensor.
+
+    Attributes:
+        seconds: that each section took.
+        branches: in two; others have to be captured.
+        steady: None if they cannot be told from what they were before.
+    """
+
+    seconds: dict[str, float]
+    branches: dict[str, SteadyBranch]
+    steady: Steady | None
 
 
 class TrainingState:
@@ -63,6 +90,8 @@ class TrainingState:
         }
         self.sections: dict[str, Section] = dict(self.models)
         self.capture_s: dict[str, float] = {}
+        self._structure: Structure | None = None  # of the last look
+        self._named: list[tuple[str, tuple[str, ...]]] = []
         names: dict[torch.Tensor, str] = {}
         for section_name, one in self.models.items():
             prefix = "" if section_name == "model" else f"{section_name}."
@@ -111,27 +140,91 @@ class TrainingState:
         else:
             _stateful(name, value)
 
-    def capture(self, step: int) -> StateTree:
-        """The tree at this moment. Tensors are the live ones, or aliases of them."""
+    def look(self) -> Look:
+        """What of the state can be had at once; see `Look`."""
+        looked_s: dict[str, float] = {}
+        branches: dict[str, SteadyBranch] = {}
+        for name, section in self.sections.items():
+            began_s = time.perf_counter()
+            found = section.steady() if isinstance(section, SteadySection) else None
+            if found is not None:
+                branches[name] = found
+            looked_s[name] = time.perf_counter() - began_s
+        parts = [(f"{name}.{part.prefix}", part) for name, one in branches.items() for part in one.parts]
+        tensors = [tensor for _, part in parts for tensor in part.tensors]
+        try:
+            found_all = survey(tensors, forms=True)
+        except NotSurveyedError:
+            return Look(looked_s, branches, None)
+        volatile = {local_of(one).data_ptr() for branch in branches.values() for one in branch.volatile} - {0}
+        if volatile and np.isin(found_all.addresses, np.array([*volatile], dtype=np.uint64)).any():
+            return Look(looked_s, branches, None)  # a parameter that is a buffer, too
+        return Look(
+            looked_s, branches, Steady(self._structure_of(parts, found_all.forms), tensors, found_all)
+        )
+
+    def _structure_of(self, parts: list[tuple[str, SteadyPart]], forms: bytes) -> Structure:
+        named = [(prefix, part.names) for prefix, part in parts]
+        if self._structure is not None and self._structure.forms == forms:
+            same = len(named) == len(self._named)
+            if same and all(a == b and x is y for (a, x), (b, y) in zip(named, self._named, strict=True)):
+                return self._structure
+        self._named = named
+        self._structure = Structure(tuple(prefix + one for prefix, names in named for one in names), forms)
+        return self._structure
+
+    def capture(self, step: int, look: Look | None = None, *, whole: bool = True) -> StateTree:
+        """The tree at this moment. Tensors are the live ones, or aliases of them.
+
+        Args:
+            look: at this moment.
+            whole: with the steady tensors in it.
+        """
         tree = StateTree()
-        if "model" in self.models:
+        tree.steady = look.steady if look is not None else None
+        tree.is_whole = whole or look is None
+        if tree.is_whole and "model" in self.models:
             tree.parameters = self.models["model"].parameters()
         tree.write_only = frozenset(self.sections).difference(self.restored())
         for name, section in self.sections.items():
             began_s = time.perf_counter()
-            tree[name] = section.capture()
-            self.capture_s[name] = time.perf_counter() - began_s
+            if tree.is_whole or look is None or name not in look.branches:
+                tree[name] = section.capture()
+            elif rest := look.branches[name].rest():  # an empty branch would be a leaf
+                tree[name] = rest
+            self.capture_s[name] = time.perf_counter() - began_s + (look.seconds[name] if look else 0)
         tree["step"] = step
         return tree
+
+    def completed(self, tree: StateTree, look: Look) -> StateTree:
+        """A tree that lacks the steady tensors, with them; of other objects, what they said already."""
+        whole = tree.like(
+            {
+                name: section.capture() if name in look.branches else tree[name]
+                for name, section in self.sections.items()
+            }
+        )
+        whole["step"] = tree["step"]
+        whole.is_whole = True
+        if "model" in self.models:
+            whole.parameters = self.models["model"].parameters()
+        return whole
 
     def modules(self) -> list[torch.nn.Module]:
         """The models that are modules."""
         found = (section.model for section in self.models.values())
         return [model for model in found if isinstance(model, torch.nn.Module)]
 
-    def buffers(self) -> set[int]:
+    def buffers(self, look: Look | None = None) -> set[int]:
         """Addresses of what forwards may change."""
-        return set().union(*(section.buffers() for section in self.models.values()))
+        found: set[int] = set()
+        for name, section in self.models.items():
+            branch = look.branches.get(name) if look is not None else None
+            if branch is None:
+                found |= section.buffers()
+            else:
+                found |= {local_of(buffer).data_ptr() for buffer in branch.volatile}
+        return found
 
     def shared_paths(self) -> tuple[str, ...]:
         """Of the files that ranks write together, those of which this one has something."""

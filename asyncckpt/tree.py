@@ -20,11 +20,38 @@ from .errors import LeafError
 from .formats.refs import span_elements
 from .shards import Block, Blocks, Boxed, Holders
 from .shared import SharedFile, SlicedTensor
+from .survey import Survey
 
 Path = tuple[str | int, ...]
 
 # What each rank has for itself; all else is the same on every rank, or spread over them as torch knows.
 OWN_SECTIONS = ("dataloader", "per_rank", "rng")
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """What some tensors of a tree are, apart from their values. The same object says that nothing changed.
+
+    Attributes:
+        names: of these leaves.
+        forms: see `survey.Survey`.
+    """
+
+    names: tuple[str, ...]
+    forms: bytes
+
+
+class Steady(NamedTuple):
+    """The tensors of a tree that training only changes in place, most of the time.
+
+    Attributes:
+        tensors: the live ones, as `structure` names them.
+        survey: of them, at the beginning of a save.
+    """
+
+    structure: Structure
+    tensors: list[torch.Tensor]
+    survey: Survey
 
 
 class StateTree(dict[str, Any]):
@@ -34,11 +61,22 @@ class StateTree(dict[str, Any]):
         parameters: keys of the model's branch that are parameters, which training keeps equal on all ranks
             that have the same of them. Its buffers may differ.
         write_only: branches that are for other tools; a load here passes over them.
+        steady: tensors that can be had from here too, where there are such.
+        is_whole: whether they are in the tree besides. If not, branches of them alone are absent.
     """
 
     parameters: frozenset[str] = frozenset()
     write_only: frozenset[str] = frozenset()
+    steady: Steady | None = None
+    is_whole = True
     _leaves: list[Leaf] | None = None
+
+    def like(self, branches: Mapping[str, Any]) -> StateTree:
+        """Other branches, of which the same is to be said."""
+        tree = StateTree(branches)
+        tree.parameters, tree.write_only = self.parameters, self.write_only
+        tree.steady, tree.is_whole = self.steady, self.is_whole
+        return tree
 
     def leaves(self) -> list[Leaf]:
         """What `flatten` says of it; found once: the tree must not change any more."""

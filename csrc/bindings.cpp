@@ -207,8 +207,31 @@ nb::object as_array(std::unique_ptr<Number[]> numbers, size_t count) {
   return nb::cast(nb::ndarray<nb::numpy, Number, nb::ndim<1>>(first, {count}, owner));
 }
 
-// Addresses and version counters. Calls nothing that runs Python code, so the list stays as it is.
-nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule) {
+// Appends device, dtype and shape; throws for what is not dense.
+void append_form(PyObject* object, const dlpack::Tensor& tensor, std::vector<int64_t>* forms) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  bool dense = tensor.code != dlpack::kComplex;
+  forms->push_back(int64_t{tensor.device_type} << 32 | tensor.device_id);
+  forms->push_back(int64_t{tensor.code} << 32 | tensor.bits << 16 | tensor.lanes);
+  forms->push_back(tensor.ndim);
+  int64_t stride = 1;
+  for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
+    dense = dense && tensor.strides[d] == stride;
+    forms->push_back(tensor.shape[d]);
+    stride *= std::max<int64_t>(tensor.shape[d], 1);
+  }
+  // Of a negated tensor, DLPack says nothing. It is the imaginary part of a complex one, so that its
+  // stride is 2, or it has none.
+  if (tensor.ndim == 0) {
+    const nb::object negated = nb::steal(PyObject_CallMethodNoArgs(object, is_neg));
+    if (!negated.is_valid()) throw nb::python_error();
+    dense = dense && negated.is(nb::handle(Py_False));
+  }
+  if (!dense) throw nb::value_error("a tensor is not dense");
+}
+
+// Calls nothing that runs Python code, so the list stays as it is.
+nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool with_forms) {
   const dlpack::ExchangeApi* const api = exchange_api(capsule);
   if (api == nullptr || api->tensor_from_object == nullptr) return nb::none();
   std::vector<const PyObject*> known;
@@ -216,6 +239,7 @@ nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule) {
   const size_t count = tensors.size();
   auto addresses = std::make_unique<uint64_t[]>(count);
   auto versions = std::make_unique<int64_t[]>(count);
+  std::vector<int64_t> forms;
   for (size_t i = 0; i < count; ++i) {
     PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
     const auto* kind = reinterpret_cast<const PyObject*>(Py_TYPE(tensor));
@@ -223,11 +247,12 @@ nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule) {
       throw nb::type_error("not one of these kinds of tensors");
     dlpack::Tensor seen;
     if (api->tensor_from_object(tensor, &seen) != 0) throw nb::python_error();
+    if (with_forms) append_form(tensor, seen, &forms);
     addresses[i] = reinterpret_cast<uintptr_t>(seen.data) + seen.byte_offset;
     versions[i] = version_of(tensor);
   }
-  return nb::make_tuple(as_array(std::move(addresses), count),
-                        as_array(std::move(versions), count));
+  return nb::make_tuple(as_array(std::move(addresses), count), as_array(std::move(versions), count),
+                        nb::bytes(forms.data(), forms.size() * sizeof(int64_t)));
 }
 
 }  // namespace
@@ -422,7 +447,7 @@ NB_MODULE(_native, m) {
   m.def("crc32_combine", &crc32_combine, "crc_a"_a, "crc_b"_a, "nbytes_b"_a);
   m.def("crc32_kernel", &crc32_kernel);
   m.def("copy_is_checked", &copy_is_checked);
-  m.def("survey", &survey, "tensors"_a, "kinds"_a, "exchange_api"_a);
+  m.def("survey", &survey, "tensors"_a, "kinds"_a, "exchange_api"_a, "forms"_a = false);
 
   nb::module_ f = m.def_submodule("faults", "Faults on demand, for tests.");
   nb::enum_<faults::Op>(f, "Op")

@@ -10,6 +10,8 @@ namespace asyncckpt::dlpack {
 constexpr uint32_t kMajor = 1;
 constexpr const char* kCapsuleName = "dlpack_exchange_api";
 
+constexpr uint8_t kComplex = 5;
+
 struct Tensor {
   void* data;
   int32_t device_type;

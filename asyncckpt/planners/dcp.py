@@ -16,8 +16,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from .. import devices
 from ..errors import LeafError
 from ..formats import distcp, torch_zip
 from ..formats.image import ImageBuilder
@@ -27,6 +30,7 @@ from ..plan import (
     PlanCache,
     Planned,
     SharedPart,
+    Spans,
     WritePlan,
     inert_in,
     number_storages,
@@ -38,7 +42,7 @@ from ..plan import (
 )
 from ..shards import Block, Blocks, Holders, Piece, boxes, is_sharded, local_of, shares
 from ..shared import SharedFile
-from ..tree import OWN_SECTIONS, Leaf, Path, StateTree, flatten, leaves_of, tensors_in
+from ..tree import OWN_SECTIONS, Leaf, Path, StateTree, Structure, flatten, leaves_of, tensors_in
 from .shared import SharedPlan, lay_out
 from .weights import weights_file
 
@@ -60,6 +64,51 @@ class _Source(NamedTuple):
     piece: Piece | None  # None: all of it, gaps between strides included
     begin_nbytes: int
     nbytes: int
+
+
+class _Seen(NamedTuple):
+    """What is to be saved of some leaves.
+
+    Attributes:
+        tensors, others: tensors, and python.
+        unique: tensors that differ, by their items.
+        written: name and pickle of what this rank writes of the others and of its own.
+        crcs: of all pickles, where ranks compare them.
+        signature: leaves with equal ones are laid out alike.
+    """
+
+    tensors: list[_Tensor]
+    others: list[Leaf]
+    unique: list[torch.Tensor]
+    written: list[tuple[str, Pickled]]
+    crcs: tuple[int, ...]
+    signature: object
+
+
+class _Remembered(NamedTuple):
+    """Of the last save, what the next one needs to have the same plan.
+
+    Attributes:
+        structure: of its steady tensors.
+        loose: names of the other leaves, in their order; signature: of those alone.
+        spans: all of them, as they were.
+        rows: which of them are of steady tensors.
+        of_row, begins: of which, and from which byte on.
+        loose_rows: the other spans, and their items among the loose leaves.
+        at: address of each steady tensor.
+        first: the first that is tied to it; itself, most of the time.
+    """
+
+    structure: Structure
+    loose: tuple[str, ...]
+    signature: object
+    spans: Spans
+    rows: npt.NDArray[np.int64]
+    of_row: npt.NDArray[np.int64]
+    begins: npt.NDArray[np.uint64]
+    loose_rows: list[tuple[int, int]]
+    at: npt.NDArray[np.uint64]
+    first: npt.NDArray[np.int64]
 
 
 class Arrangement(NamedTuple):
@@ -108,17 +157,112 @@ class DcpPlanner(PlanCache):
         self._blocks = Blocks(world_size)
         self._known_sharing: dict[Holders, Holders] = {}
         self._sources: list[_Source] = []
+        self._remembered: _Remembered | None = None
         self._weights: SharedPlan | None = None
         self._said_no_weights = False
 
     def plan(self, tree: Mapping[str, Any]) -> Planned:
-        apart = not self._alone or self._arrangement is not None
-        own = {name: tree[name] for name in OWN_SECTIONS if apart and name in tree}
+        own = self._own(tree)
         if self._arrangement is not None:
             leaves = flatten(self._arrangement.shared(tree))
         else:
             leaves = [leaf for leaf in leaves_of(tree) if leaf.path[0] not in own]
         parameters = tree.parameters if isinstance(tree, StateTree) else frozenset()
+        seen = self._see(leaves, own, parameters)
+        served = self._serve(seen.signature, [pickled for _, pickled in seen.written])
+        if served is None:
+            plan, self._sources = self._lay_out(
+                seen.signature, leaves, seen.tensors, seen.unique, seen.others, seen.written, tree
+            )
+            self._keep(plan)
+        else:
+            plan = served
+        spans = [(local_of(seen.unique[s.item]), s.begin_nbytes, s.nbytes) for s in self._sources]
+        if self._weights is not None:
+            values = (value for value in tree["model"].values() if isinstance(value, torch.Tensor))
+            spans += self._weights.spans_of([local_of(value) for value in values])
+        planned = planned_with(plan, seen.written, Spans.of(spans), served is None, seen.crcs)
+        self._remembered = self._remember(tree, leaves, own, seen, planned)
+        return planned
+
+    def knows(self, structure: Structure) -> bool:
+        return self._remembered is not None and self._remembered.structure is structure
+
+    def plan_again(self, tree: StateTree) -> Planned | None:
+        last, steady, plan = self._remembered, tree.steady, self._plan
+        if last is None or steady is None or plan is None or last.structure is not steady.structure:
+            return None
+        own = self._own(tree)
+        found = {leaf.name: leaf for leaf in leaves_of(tree) if leaf.path[0] not in own}
+        if found.keys() != set(last.loose):
+            return None
+        seen = self._see([found[name] for name in last.loose], own, frozenset())
+        if seen.signature != last.signature or not plan.takes([pickled for _, pickled in seen.written]):
+            return None
+        at = steady.survey.addresses
+        if not np.array_equal(at, last.at) and not _are_tied_alike(at, last.first):
+            return None
+        loose = Spans.of(
+            [
+                (local_of(seen.unique[item]), self._sources[row].begin_nbytes, self._sources[row].nbytes)
+                for row, item in last.loose_rows
+            ]
+        )
+        addresses, where = np.empty_like(last.spans.addresses), last.spans.devices.copy()
+        addresses[last.rows] = at[last.of_row] + last.begins
+        rows = np.array([row for row, _ in last.loose_rows], dtype=np.int64)
+        addresses[rows], where[rows] = loose.addresses, loose.devices
+        for row in np.flatnonzero(addresses[last.rows] != last.spans.addresses[last.rows]).tolist():
+            where[last.rows[row]] = devices.seam.device_of(steady.tensors[last.of_row[row]])
+        # Of the steady ones, the guard holds the memory.
+        spans = Spans(addresses, last.spans.sizes, where, loose.held)
+        return planned_with(plan, seen.written, spans, False, seen.crcs)
+
+    def _remember(
+        self, tree: Mapping[str, Any], leaves: list[Leaf], own: dict[str, Any], seen: _Seen, planned: Planned
+    ) -> _Remembered | None:
+        """What `plan_again` needs of a save; None if it cannot serve."""
+        steady = tree.steady if isinstance(tree, StateTree) else None
+        if steady is None or self._arrangement is not None:
+            return None
+        number = {name: index for index, name in enumerate(steady.structure.names)}
+        loose = [leaf for leaf in leaves if leaf.name not in number]
+        if len(loose) + len(number) != len(leaves):
+            return None
+        loose_items: dict[int, int] = {}
+        steady_items: dict[int, int] = {}
+        first = np.full(len(number), -1)
+        for leaf, item, _ in seen.tensors:
+            if leaf.name in number:
+                first[number[leaf.name]] = steady_items.setdefault(item, number[leaf.name])
+            else:
+                loose_items.setdefault(item, len(loose_items))
+        if steady_items.keys() & loose_items.keys() or (first < 0).any():
+            return None
+        sources = list(enumerate(self._sources))
+        mine = [(row, source) for row, source in sources if source.item in steady_items]
+        pickles = len(planned.plan.slots)
+        spans = slice(pickles, pickles + len(sources))
+        return _Remembered(
+            steady.structure,
+            tuple(leaf.name for leaf in loose),
+            self._see(loose, own, frozenset()).signature,
+            Spans(planned.addresses[spans], planned.sizes[spans], planned.devices[spans], None),
+            np.array([row for row, _ in mine], dtype=np.int64),
+            np.array([steady_items[source.item] for _, source in mine], dtype=np.int64),
+            np.array([source.begin_nbytes for _, source in mine], dtype=np.uint64),
+            [(row, loose_items[source.item]) for row, source in sources if source.item in loose_items],
+            steady.survey.addresses,
+            first,
+        )
+
+    def _own(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """What goes into this rank's own file."""
+        apart = not self._alone or self._arrangement is not None
+        return {name: tree[name] for name in OWN_SECTIONS if apart and name in tree}
+
+    def _see(self, leaves: list[Leaf], own: dict[str, Any], parameters: frozenset[str]) -> _Seen:
+        apart = not self._alone or self._arrangement is not None
         tensors: list[_Tensor] = []
         others: list[Leaf] = []
         items: dict[tuple[Any, ...], int] = {}
@@ -158,17 +302,7 @@ class DcpPlanner(PlanCache):
             tuple(tuple(s.nbytes() for s in pickled.storages) for _, pickled in written),
             self._in_weights(shared),
         )
-        served = self._serve(signature, [pickled for _, pickled in written])
-        if served is None:
-            plan, self._sources = self._lay_out(signature, leaves, tensors, unique, others, written, tree)
-            self._keep(plan)
-        else:
-            plan = served
-        spans = [(local_of(unique[s.item]), s.begin_nbytes, s.nbytes) for s in self._sources]
-        if self._weights is not None:
-            values = (value for value in tree["model"].values() if isinstance(value, torch.Tensor))
-            spans += self._weights.spans_of([local_of(value) for value in values])
-        return planned_with(plan, written, spans, served is None, crcs)
+        return _Seen(tensors, others, unique, written, crcs, signature)
 
     def _is_first_ranks(self, leaf: Leaf, parameters: frozenset[str]) -> bool:
         """Whether the first rank writes the whole of a tensor: what it has is what is saved.
@@ -318,6 +452,15 @@ class DcpPlanner(PlanCache):
             return leaf
         path = self._arrangement.stored_path(leaf.path)
         return Leaf(".".join(map(str, path)), path, leaf.value)
+
+
+def _are_tied_alike(at: npt.NDArray[np.uint64], first: npt.NDArray[np.int64]) -> bool:
+    """Whether tensors at these addresses are tied to the same ones; empty ones, at no address, to none."""
+    if not np.array_equal(at[first], at):
+        return False
+    apart = at[np.unique(first)]
+    apart = apart[apart != 0]
+    return len(np.unique(apart)) == len(apart)
 
 
 def _comparable(leaf: Leaf, pickled: Pickled) -> int:

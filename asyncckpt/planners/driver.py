@@ -18,6 +18,7 @@ from ..layouts.rlinf import DATA_NAME
 from ..plan import (
     PlanCache,
     Planned,
+    Spans,
     WritePlan,
     inert_in,
     number_storages,
@@ -50,7 +51,7 @@ class DriverPlanner(PlanCache):
         signature = tuple((name, tuple(s.nbytes() for s in pickled.storages)) for name, pickled in written)
         served = self._serve(signature, [pickled for _, pickled in written])
         plan = served or self._keep(self._lay_out(signature, written))
-        return planned_with(plan, written, [], served is None)
+        return planned_with(plan, written, Spans.of([]), served is None)
 
     @staticmethod
     def _lay_out(signature: object, written: list[tuple[str, Pickled]]) -> WritePlan:

@@ -20,7 +20,16 @@ from ..formats.pickles import Pickled, pickle_tree
 from ..layouts.dcp import own_path
 from ..layouts.megatron import ModelRank
 from ..layouts.megatron_tree import to_megatron
-from ..plan import PlanCache, Planned, WritePlan, inert_in, planned_with, refuse_unreachable, slot_nbytes
+from ..plan import (
+    PlanCache,
+    Planned,
+    Spans,
+    WritePlan,
+    inert_in,
+    planned_with,
+    refuse_unreachable,
+    slot_nbytes,
+)
 from ..shards import is_sharded
 from ..shared import SHARED_BRANCH, SharedFile
 from ..tree import OWN_SECTIONS, flatten, leaves_of, restored, tensors_in
@@ -67,7 +76,7 @@ class MegatronPlanner(PlanCache):
         spans = [
             span for shared, file in zip(self._shared, files, strict=True) for span in shared.spans(file)
         ]
-        return planned_with(plan, named, spans, served is None)
+        return planned_with(plan, named, Spans.of(spans), served is None)
 
     def _trees(self, tree: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
         """What this rank pickles: path, what it is called, and the tree."""

@@ -27,6 +27,7 @@ from ..layouts.megatron_tree import sharded_in, to_common
 from ..plan import (
     PlanCache,
     Planned,
+    Spans,
     WritePlan,
     inert_in,
     planned_with,
@@ -85,7 +86,9 @@ class MegatronDistPlanner(PlanCache):
         served = self._serve(signature, [one.pickled for one in pickles])
         plan = served or self._keep(self._lay_out(signature, boxes, pickles, tree))
         spans = [(box.tensor, 0, span_nbytes(box.tensor)) for _, box in boxes]
-        return planned_with(plan, [(one.name, one.pickled) for one in pickles], spans, served is None)
+        return planned_with(
+            plan, [(one.name, one.pickled) for one in pickles], Spans.of(spans), served is None
+        )
 
     def _files(self, tree: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
         """What is pickled whole: path, what it is called, and the tree."""

@@ -7,8 +7,10 @@ Guarantees:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
 
 from ..tree import Matching
 from .spread import with_live_shards
@@ -31,6 +33,40 @@ class Section(Protocol):
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
         """Say where the stored branch goes."""
+
+
+class SteadyPart(NamedTuple):
+    """Tensors of a branch that training changes in place, most of the time.
+
+    Attributes:
+        prefix: of their names in the branch, which ends with a dot or is empty.
+        names: the same object as before if they are the same as before.
+    """
+
+    prefix: str
+    names: tuple[str, ...]
+    tensors: list[torch.Tensor]
+
+
+class SteadyBranch(NamedTuple):
+    """A branch in two: steady tensors, each a leaf of it, and the rest.
+
+    Attributes:
+        rest: makes the branch without them; without the branches that would be empty, too.
+        volatile: what may change before the next step of an optimizer, of the rest and elsewhere.
+    """
+
+    parts: list[SteadyPart]
+    rest: Callable[[], Any]
+    volatile: list[torch.Tensor]
+
+
+@runtime_checkable
+class SteadySection(Section, Protocol):
+    """A branch of thousands of tensors, which can be had without a call of python for each."""
+
+    def steady(self) -> SteadyBranch | None:
+        """None where that cannot be: then there is `capture`."""
 
 
 @runtime_checkable
@@ -74,6 +110,28 @@ class GroupSection:
 
     def capture(self) -> Any:
         return {key: section.capture() for key, section in self.sections.items()}
+
+    def steady(self) -> SteadyBranch | None:
+        found = {
+            key: section.steady() if isinstance(section, SteadySection) else None
+            for key, section in self.sections.items()
+        }
+        known = {key: one for key, one in found.items() if one is not None}
+        parts = [
+            SteadyPart(f"{key}.{part.prefix}", part.names, part.tensors)
+            for key, one in known.items()
+            for part in one.parts
+        ]
+
+        def rest() -> Any:
+            return {
+                key: known[key].rest() if key in known else section.capture()
+                for key, section in self.sections.items()
+            }
+
+        return (
+            SteadyBranch(parts, rest, [t for one in known.values() for t in one.volatile]) if parts else None
+        )
 
     def match(self, name: str, stored: Any, matching: Matching) -> None:
         stored = stored if isinstance(stored, Mapping) else {}

@@ -10,6 +10,8 @@ import torch
 from ..errors import LeafError
 from ..shards import local_of
 from ..tree import Matching, StoredTensor, flatten
+from . import SteadyBranch, SteadyPart
+from .walk import Names, Walker
 
 
 def unwrapped(model: Any) -> Any:
@@ -51,6 +53,31 @@ class ModelSection:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._walker = Walker(model) if isinstance(model, torch.nn.Module) else None
+        self._shape: object = None  # of the last walk
+        self._names = Names((), ())
+
+    def steady(self) -> SteadyBranch | None:
+        walk = self._walker.walk() if self._walker is not None else None
+        if walk is None or self._walker is None:
+            return None
+        if walk.shape != self._shape:
+            parameters, buffers = self._walker.names()
+            own = [own_name(name) for name in (*parameters, *buffers) if name is not None]
+            if len(set(own)) < len(own):
+                return None
+            self._shape = walk.shape
+            self._names = Names(
+                tuple(map(own_name, parameters)),
+                tuple(None if name is None else own_name(name) for name in buffers),
+            )
+        saved = {
+            name: buffer.detach()
+            for name, buffer in zip(self._names.buffers, walk.buffers, strict=True)
+            if name is not None
+        }
+        part = SteadyPart("", self._names.parameters, walk.parameters)
+        return SteadyBranch([part], lambda: saved, walk.buffers)
 
     def capture(self) -> Any:
         values = self.model.state_dict()

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import LeafError
 from ..formats.inert import brief
 from ..tree import Matching, StoredTensor, describe, fits
+from . import SteadyBranch, SteadyPart
+
+
+class _Seen(NamedTuple):
+    """An optimizer's state, all but the values.
+
+    Attributes:
+        shape: what it looked like.
+        params: names of what is stepped, by group.
+        held: the same tensors, so that what is at their addresses is them.
+        names: of the tensors of the state.
+        tensors: their places among all values.
+        others: (place, parameter, key) of the other values; no key where there is none.
+    """
+
+    shape: object
+    params: list[list[str]]
+    held: list[list[torch.Tensor]]
+    names: tuple[str, ...]
+    tensors: list[int]
+    others: list[tuple[int, str, str | None]]
+
+    @property
+    def only_tensors(self) -> bool:
+        return not any(key is not None for _, _, key in self.others)
 
 
 class OptimizerSection:
@@ -22,6 +48,76 @@ class OptimizerSection:
     def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[torch.Tensor, str]) -> None:
         self.optimizer = optimizer
         self._names = names
+        self._seen: _Seen | None = None
+
+    def steady(self) -> SteadyBranch | None:
+        params = [[*group["params"]] for group in self.optimizer.param_groups]
+        values = list(self.optimizer.state.values())
+        if not values or set(map(type, values)) != {dict}:
+            return None
+        keys = list(chain.from_iterable(values))
+        owned = list(chain.from_iterable(map(dict.values, values)))
+        # Of parameters, the addresses of the objects do: these are the optimizer's, or the names' here.
+        shape = (
+            [list(map(id, group)) for group in params],
+            list(map(id, self.optimizer.state)),
+            list(map(len, values)),
+            keys,
+            list(map(type, owned)),
+        )
+        seen = self._seen
+        if seen is None or seen.shape != shape:
+            found = self._look(shape, params, values)
+            if found is None:
+                return None
+            seen = self._seen = found
+
+        def rest() -> Any:
+            groups = [
+                {**group, "params": [*names]}
+                for group, names in zip(self.optimizer.param_groups, seen.params, strict=True)
+            ]
+            state: dict[str, dict[str, Any]] = {}
+            for index, name, key in seen.others:
+                of_param = state.setdefault(name, {})
+                if key is not None:
+                    of_param[key] = owned[index]
+            return {**({"state": state} if state else {}), "param_groups": groups}
+
+        tensors = owned if seen.only_tensors else [owned[index] for index in seen.tensors]
+        return SteadyBranch([SteadyPart("state.", seen.names, tensors)], rest, [])
+
+    def _look(
+        self, shape: object, params: list[list[torch.Tensor]], values: list[dict[str, Any]]
+    ) -> _Seen | None:
+        called = self._named()
+        if not all(param in called for param in self.optimizer.state):
+            return None  # capture says what is wrong
+        names: list[str] = []
+        tensors: list[int] = []
+        others: list[tuple[int, str, str | None]] = []
+        index = 0
+        for param, of_param in zip(self.optimizer.state, values, strict=True):
+            name = called[param]
+            if not of_param:
+                others.append((index, name, None))
+            for key, value in of_param.items():
+                if type(key) is not str:
+                    return None  # then the mapping is one leaf
+                if type(value) is torch.Tensor:
+                    names.append(f"{name}.{key}")
+                    tensors.append(index)
+                else:
+                    others.append((index, name, key))
+                index += 1
+        return _Seen(
+            shape,
+            [[called[param] for param in group] for group in params],
+            params,
+            tuple(names),
+            tensors,
+            others,
+        )
 
     def _named(self) -> dict[torch.Tensor, str]:
         params = [param for group in self.optimizer.param_groups for param in group["params"]]
