@@ -12,7 +12,7 @@ uint32_t crc32(uint32_t crc, const void* data, size_t nbytes);
 // The CRC of A followed by B, from the CRC of A, the CRC of B and the size of B.
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b);
 
-// "clmul-512", "clmul-128" or "table": which kernel this machine runs.
+// "clmul-512", "clmul-256", "clmul-128" or "table": which kernel this machine runs.
 const char* crc32_kernel();
 
 // The portable kernel, whatever the machine; so that a test can hold one against the other.

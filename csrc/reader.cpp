@@ -4,22 +4,23 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <utility>
 
 #include "arena.h"
 #include "crc32.h"
+#include "streaming_copy.h"
 #include "threads.h"
 
 namespace asyncckpt {
 
-// One thread's: while a device still copies out of one, the other is filled.
+// One thread's: while a device still copies out of one, the other is filled. Where all goes to the host, there
+// is one: each is memory to be found and cleared.
 class Reading::Buffers {
  public:
   Buffers(size_t nbytes, const std::vector<Device*>& devices)
-      : arena_(2, nbytes), devices_(devices) {
+      : arena_(devices.empty() ? 1 : 2, nbytes), devices_(devices) {
     // Not pinned, it is slower and no less right.
     if (!devices.empty()) arena_.pin(*devices[0], std::atomic<bool>{false}, [](size_t) {});
   }
@@ -32,7 +33,7 @@ class Reading::Buffers {
 
   // Turns to the other buffer, and waits until it is free; after a failure it may never be.
   DeviceFailure turn() {
-    side_ = 1 - side_;
+    side_ = (side_ + 1) % arena_.chunks();
     return await(leaving_[side_]);
   }
 
@@ -273,9 +274,9 @@ ReadError Reading::read_block(size_t index, uint64_t block, Buffers& buffers) {
       buffers.add(*segment, from, to, begin);
       continue;
     }
-    std::memcpy(reinterpret_cast<void*>(
-                    static_cast<uintptr_t>(segment->address + (from - segment->offset))),
-                buffer + (from - begin), static_cast<size_t>(to - from));
+    const auto target = static_cast<uintptr_t>(segment->address + (from - segment->offset));
+    streaming_copy(reinterpret_cast<void*>(target), buffer + (from - begin),
+                   static_cast<size_t>(to - from));
   }
   if (const DeviceFailure failure = buffers.send()) return refused(failure);
   return {};
