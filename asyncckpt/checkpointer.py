@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import atexit
 import functools
-import gc
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +44,7 @@ from .errors import (
 from .failures import Failures
 from .fence import StepFence
 from .formats.manifest import checked_metadata
+from .garbage import no_garbage_collection
 from .inflight import ABORT_S, Deadline, PhaseObserver, Save, SaveHandle
 from .layouts import layout_named
 from .layouts.megatron import ModelRank
@@ -66,19 +66,6 @@ _Result = TypeVar("_Result")
 
 _PROGRESS_INTERVAL_S = 0.1
 _EXIT_UNREPORTED = 70  # EX_SOFTWARE: a failed save that nobody heard of must not look like success
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """The collector would go through all objects of the program whenever we have made some thousands: a few
-    in each state of many tensors. None of them are cycles."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class AsyncCheckpointer:
@@ -351,7 +338,7 @@ class AsyncCheckpointer:
                     return SaveHandle(save, self._settle)
                 self._failures.raise_due(heard)
                 save.metadata = checked_metadata(metadata or {})
-                with _no_garbage_collection():
+                with no_garbage_collection():
                     self._begin(save, self._committer)
             except BaseException as error:
                 self._abstain(save, error, self._committer)

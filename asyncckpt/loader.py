@@ -31,6 +31,7 @@ from .errors import (
     StepNotFoundError,
 )
 from .formats.manifest import FileEntry
+from .garbage import no_garbage_collection
 from .layouts.dcp import own_path
 from .layouts.megatron import ModelRank
 from .layouts.place import Place
@@ -230,6 +231,10 @@ class Loader:
         with ExitStack() as opened:
 
             def prepare() -> tuple[StepEntry, restore.StepFiles, tuple[str, ...], Matching]:
+                with no_garbage_collection():
+                    return prepared()
+
+            def prepared() -> tuple[StepEntry, restore.StepFiles, tuple[str, ...], Matching]:
                 entry = find()
                 files = opened.enter_context(restore.StepFiles(entry.path, self._listed(entry)))
                 left = self._left(entry)
@@ -242,7 +247,8 @@ class Loader:
 
             def read() -> None:
                 self.must_load = f"the load of step {entry.step} did not finish"
-                restore.read_tensors(files, matching.reads, share=self._share)
+                with no_garbage_collection():
+                    restore.read_tensors(files, matching.reads, share=self._share)
 
             self._together(read)
 

@@ -12,12 +12,13 @@ Guarantees:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from . import _native, devices
 from .errors import CorruptStepError, DeviceError, LoadError, StepNotFoundError, UntrustedError
 from .filesystem import OF_THIS_PROCESS
 from .formats import distcp, torch_zip
+from .formats.alike import Archives
 from .formats.manifest import FileEntry, check_path
 from .formats.pickles import SparseRef, TensorRef, find_inert
 from .formats.refs import span_elements
@@ -44,6 +46,7 @@ from .tree import Read, StoredPart, StoredTensor, UnparsedPart, rebuilt, unflatt
 _THREADS = 4
 _BLOCK_NBYTES = 4 << 20  # of reads from files without a manifest
 _BLOCK_NBYTES_MAX = 1 << 30  # a manifest that asks for larger buffers is not believed
+_PAGE_NBYTES = 4096  # of the page cache, about
 _OPEN_MAX = 64  # files of a step open at once for parsing; thousands of ranks have more than a process may
 
 
@@ -91,13 +94,29 @@ class StepFiles:
 
         def read(offset: int, nbytes: int) -> bytes:
             fd = self._open(name)  # it may have been closed meanwhile, for others
-            pieces = [os.pread(fd, nbytes, offset)]
+            data = os.pread(fd, nbytes, offset)
+            if len(data) == nbytes:
+                return data
+            pieces = [data]
             while pieces[-1] and sum(map(len, pieces)) < nbytes:  # the kernel stops short of 2 GiB
                 done = sum(map(len, pieces))
                 pieces.append(os.pread(fd, nbytes - done, offset + done))
             return b"".join(pieces)
 
         return read
+
+    def expect(self, name: str, spans: Iterable[tuple[int, int]]) -> None:
+        """Let the kernel fetch what will be read soon, (offset, nbytes), so that small reads all over a file
+        do not wait for the disk one by one. A hint: nothing depends on it."""
+        fd = self._open(name)
+        begin = end = 0
+        for offset, nbytes in [*sorted(spans), (1 << 62, 0)]:
+            if offset > end + _PAGE_NBYTES:
+                if end > begin:
+                    with contextlib.suppress(OSError, OverflowError):
+                        os.posix_fadvise(fd, begin, end - begin, os.POSIX_FADV_WILLNEED)
+                begin = offset
+            end = max(end, offset + nbytes)
 
     def content(self, name: str) -> bytes:
         """The whole of a file, each block checked where there is a manifest."""
@@ -214,12 +233,15 @@ def _read_items(
         places.setdefault(index.fqn, []).append((index, info))
     paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
     parts: dict[tuple[str, int], TensorRef] = {}
+    archives = Archives(trusted=trusted)
+    readers: dict[str, torch_zip.Read] = {}
 
     def item(info: Any) -> Any:
         name = file_of(info)
-        read = files.reader(name)
+        if name not in readers:
+            readers[name] = files.reader(name)
         try:
-            return torch_zip.read_tree(read, info.offset, info.length, trusted=trusted)
+            return archives.read_tree(readers[name], info.offset, info.length)
         except ValueError as error:
             raise CorruptStepError(files.path(name), f"item at {info.offset}: {error}") from error
 
@@ -268,7 +290,17 @@ def _read_items(
             raise CorruptStepError(files.path(described_in), f"{name}: its chunks do not tile it")
         return tensor
 
+    _expect(files, (found[0][1] for found in places.values() if len(found) == 1), file_of)
     return {name: leaf(name, described) for name, described in metadata.state_dict_metadata.items()}, paths
+
+
+def _expect(files: StepFiles, infos: Iterable[Any], file_of: Callable[[Any], str]) -> None:
+    """Say which items will be parsed."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for info in infos:
+        spans.setdefault(file_of(info), []).extend(torch_zip.read_ahead(info.offset, info.length))
+    for name, of_file in spans.items():
+        files.expect(name, of_file)
 
 
 def _sizes_of(described: Any) -> dict[tuple[int, ...], tuple[int, ...]]:

@@ -79,16 +79,46 @@ def inert_type(module: str, name: str) -> type[Inert]:
 
 def find_inert(tree: Any) -> tuple[str, str] | None:
     """Path and class of the first object in `tree` that was not imported; None if there is none."""
+    if not _holds_inert(tree):
+        return None
     seen: set[int] = set()
     rest: list[tuple[str, Any]] = [("", tree)]
     while rest:
         path, value = rest.pop()
-        if isinstance(value, Inert) or (isinstance(value, type) and issubclass(value, Inert)):
+        if _is_inert(value):
             return path, f"{value.module}.{value.name}"
         if id(value) not in seen:
             seen.add(id(value))
             rest += reversed([(path + step, child) for step, child in children(value)])
     return None
+
+
+def _holds_inert(tree: Any) -> bool:
+    """Whether there is one; most trees have none, and paths take long to spell."""
+    seen: set[int] = set()
+    rest = [tree]
+    while rest:
+        value = rest.pop()
+        if type(value) in _BARREN or id(value) in seen:
+            continue
+        if _is_inert(value):
+            return True
+        seen.add(id(value))
+        if isinstance(value, dict):
+            rest += value
+            rest += value.values()
+        elif isinstance(value, (list, tuple, deque, set, frozenset)):
+            rest += value
+        if type(value) in (OrderedDict, types.SimpleNamespace):
+            rest += vars(value).values()
+    return False
+
+
+_BARREN = frozenset((str, bytes, int, float, bool, complex, type(None)))
+
+
+def _is_inert(value: Any) -> bool:
+    return isinstance(value, Inert) or (isinstance(value, type) and issubclass(value, Inert))
 
 
 def children(value: Any) -> Iterator[tuple[str, Any]]:

@@ -35,6 +35,7 @@ from asyncckpt.formats.refs import BadPickleError, StorageRef
 from asyncckpt.formats.unpickle import unpickle
 from asyncckpt.formats.zip_container import (
     CENTRAL,
+    CRC_IN_CENTRAL,
     END,
     END64,
     HAS_DESCRIPTOR,
@@ -49,14 +50,16 @@ from asyncckpt.formats.zip_container import (
     BadZipError,
     Read,
     Record,
+    read_ahead,
     read_directory,
+    records_in,
     windowed,
     zip64_extra,
 )
 
 __all__ = [
     "PICKLE", "SERIALIZATION_ID", "STORAGE_PREFIX", "BadZipError", "Dialect", "Read", "Record",
-    "dialect", "lay_out", "read_directory", "read_tree", "stem_of",
+    "dialect", "lay_out", "parse", "read_ahead", "read_directory", "read_tree", "stem_of",
 ]  # fmt: skip
 
 PICKLE = "data.pkl"
@@ -64,7 +67,6 @@ STORAGE_PREFIX = "data/"
 SERIALIZATION_ID = ".data/serialization_id"
 _STORAGES = "data/*"  # stands for all storages in a dialect's order of records
 
-_CRC_IN_CENTRAL = 16  # offset of the CRC in a central entry
 _DESCRIPTOR_MAGIC = b"PK\x07\x08"
 _PADDING_ID = 0x4246  # "FB"
 
@@ -234,9 +236,9 @@ class _Archive:
             if record == NO_RECORD:
                 builder.literal(entry)
             else:
-                builder.literal(entry[:_CRC_IN_CENTRAL])
+                builder.literal(entry[:CRC_IN_CENTRAL])
                 builder.crc_of(record)
-                builder.literal(entry[_CRC_IN_CENTRAL + 4 :])
+                builder.literal(entry[CRC_IN_CENTRAL + 4 :])
         end = builder.offset - self._start
         nbytes = end - directory
         count = len(self._directory)
@@ -261,12 +263,16 @@ def read_tree(read: Read, offset: int, nbytes: int, *, trusted: bool = False) ->
         BadZipError: the archive is damaged or not torch.save's.
         BadPickleError: its pickle cannot be read.
     """
-    window = windowed(read, offset, nbytes)
-    records = read_directory(window, offset, nbytes)
+    return parse(windowed(read, offset, nbytes), offset, nbytes, trusted=trusted)[0]
+
+
+def parse(read: Read, offset: int, nbytes: int, *, trusted: bool = False) -> tuple[Any, dict[str, Record]]:
+    """The same from a zip whose end `read` keeps at hand; and its records."""
+    records = records_in(read, offset, nbytes)
     if PICKLE not in records:
         kind = "a TorchScript archive" if "constants.pkl" in records else "a zip, but not torch.save's"
         raise BadZipError(f"no {PICKLE} in it: this is {kind}")
-    if "byteorder" in records and (order := _content(window, records, "byteorder")) != b"little":
+    if "byteorder" in records and (order := _content(read, records, "byteorder")) != b"little":
         raise BadZipError(f"its tensors have byte order {order[:16]!r}; only little-endian files can be read")
 
     def storage(key: str, dtype: torch.dtype, location: str, storage_nbytes: int) -> StorageRef:
@@ -279,7 +285,7 @@ def read_tree(read: Read, offset: int, nbytes: int, *, trusted: bool = False) ->
             )
         return StorageRef(record.data_offset, storage_nbytes, key, dtype, location)
 
-    return unpickle(_content(window, records, PICKLE), storage, trusted=trusted)
+    return unpickle(_content(read, records, PICKLE), storage, trusted=trusted), records
 
 
 def _content(read: Read, records: dict[str, Record], name: str) -> bytes:

@@ -33,9 +33,11 @@ PAIR32 = struct.Struct("<2I")
 PAIR64 = struct.Struct("<2Q")
 U64 = struct.Struct("<Q")
 ZIP64_ID = 0x0001
+CRC_IN_CENTRAL = 16  # offset of the CRC in a central entry
 
 _TAIL_BYTES = 4096  # holds the directory of every archive with a few dozen records
 _WHOLE_BYTES = 16384  # up to here one read of everything beats two reads
+_HEAD_BYTES = 1024  # holds the pickle of a tensor, and the small records before its storage
 _COMMENT_BYTES = 0xFFFF + END.size  # how far before the end of a zip its end record may begin
 
 
@@ -59,11 +61,13 @@ class Record(NamedTuple):
     Attributes:
         data_offset: absolute, in the file.
         crc: CRC-32, or 0 if torch.save was told not to compute any.
+        crc_offset: where the central directory has it; absolute, too.
     """
 
     data_offset: int
     nbytes: int
     crc: int
+    crc_offset: int
 
 
 class _Entry(NamedTuple):
@@ -72,6 +76,7 @@ class _Entry(NamedTuple):
     header_offset: int  # from the start of the zip
     nbytes: int
     crc: int
+    crc_at: int  # in the directory
     is_zip64: bool
 
 
@@ -84,7 +89,11 @@ def read_directory(read: Read, offset: int, nbytes: int) -> dict[str, Record]:
     Raises:
         BadZipError: this is no archive that torch.save could have written, or it is damaged.
     """
-    read = windowed(read, offset, nbytes)
+    return records_in(windowed(read, offset, nbytes), offset, nbytes)
+
+
+def records_in(read: Read, offset: int, nbytes: int) -> dict[str, Record]:
+    """The same, of a zip whose end `read` keeps at hand."""
     count, size, start = _find_directory(read, offset, nbytes)
     entries = _parse_directory(read(offset + start, size), count)
     entries.sort(key=_by_offset)
@@ -102,7 +111,8 @@ def read_directory(read: Read, offset: int, nbytes: int) -> dict[str, Record]:
         data_offset = _data_offset(read, offset, entry, bound)
         if data_offset + entry.nbytes > bound:
             raise BadZipError(f"record {name!r} runs into what follows it")
-        records[name] = Record(offset + data_offset, entry.nbytes, entry.crc)
+        crc_offset = offset + start + entry.crc_at
+        records[name] = Record(offset + data_offset, entry.nbytes, entry.crc, crc_offset)
     return records
 
 
@@ -123,6 +133,13 @@ def windowed(read: Read, offset: int, nbytes: int) -> Read:
     if len(tail) != kept:
         raise BadZipError(f"file ends at offset {start + len(tail)}, the archive at {offset + nbytes}")
     return from_window
+
+
+def read_ahead(offset: int, nbytes: int) -> list[tuple[int, int]]:
+    """Where most of what is read of a zip with one storage lies: offsets and sizes."""
+    if nbytes <= _WHOLE_BYTES:
+        return [(offset, nbytes)]
+    return [(offset, _HEAD_BYTES), (offset + nbytes - _TAIL_BYTES, _TAIL_BYTES)]
 
 
 def _by_offset(entry: _Entry) -> int:
@@ -189,6 +206,7 @@ def _parse_directory(directory: bytes, count: int) -> list[_Entry]:
         if magic != b"PK\1\2":
             raise BadZipError(f"directory entry {len(entries)} is garbled")
         header_offset: int = fields[16]
+        crc_at = at + CRC_IN_CENTRAL
         at += CENTRAL.size
         name = directory[at : at + name_nbytes]
         extra = directory[at + name_nbytes : at + name_nbytes + extra_nbytes]
@@ -200,7 +218,7 @@ def _parse_directory(directory: bytes, count: int) -> list[_Entry]:
             nbytes, stored_nbytes, header_offset = _wide(extra, nbytes, stored_nbytes, header_offset)
         if method != 0 or stored_nbytes != nbytes:
             raise BadZipError(f"record {name!r} is compressed: torch.save stores records as they are")
-        entries.append(_Entry(name, flags, header_offset, nbytes, crc, is_zip64))
+        entries.append(_Entry(name, flags, header_offset, nbytes, crc, crc_at, is_zip64))
     return entries
 
 

@@ -183,8 +183,9 @@ class OptimizerSection:
     def _match_state(
         self, where: str, names: Mapping[torch.Tensor, str], stored: Any, matching: Matching
     ) -> None:
-        by_name = _by_parameter(stored, set(names.values()))
-        matching.unexpected += [f"{where}.{key}" for key in by_name if key not in set(names.values())]
+        known = set(names.values())
+        by_name = _by_parameter(stored, known)
+        matching.unexpected += [f"{where}.{key}" for key in by_name if key not in known]
         state = self.optimizer.state
         group_of = {param: group for group in self.optimizer.param_groups for param in group["params"]}
         for param, param_name in names.items():
