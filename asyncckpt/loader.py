@@ -228,13 +228,9 @@ class Loader:
         verify_first: bool = False,
     ) -> Resume:
         began_s = time.perf_counter()
-        with ExitStack() as opened:
+        with no_garbage_collection(), ExitStack() as opened:
 
             def prepare() -> tuple[StepEntry, restore.StepFiles, tuple[str, ...], Matching]:
-                with no_garbage_collection():
-                    return prepared()
-
-            def prepared() -> tuple[StepEntry, restore.StepFiles, tuple[str, ...], Matching]:
                 entry = find()
                 files = opened.enter_context(restore.StepFiles(entry.path, self._listed(entry)))
                 left = self._left(entry)
@@ -247,8 +243,8 @@ class Loader:
 
             def read() -> None:
                 self.must_load = f"the load of step {entry.step} did not finish"
-                with no_garbage_collection():
-                    restore.read_tensors(files, matching.reads, share=self._share)
+                restore.read_tensors(files, matching.reads, share=self._share)
+                matching.reads.clear()
 
             self._together(read)
 

@@ -43,7 +43,8 @@ from .shards import local_of
 from .shared import SHARED_BRANCH, is_slices, slices_path
 from .tree import Read, StoredPart, StoredTensor, UnparsedPart, rebuilt, unflatten
 
-_THREADS = 4
+_THREADS = 12  # more than the disk needs: while some check and copy, it must not wait for the others
+_THREADS_TO_DEVICES = 4  # these have two buffers each, which are pinned
 _BLOCK_NBYTES = 4 << 20  # of reads from files without a manifest
 _BLOCK_NBYTES_MAX = 1 << 30  # a manifest that asks for larger buffers is not believed
 _PAGE_NBYTES = 4096  # of the page cache, about
@@ -497,8 +498,10 @@ def _targets(read: Read) -> Iterator[tuple[StoredPart, torch.Tensor]]:
         if part is None or not part.nbytes:
             continue
         target = local_of(live)
-        for dim, (offset, here, size) in enumerate(zip(part.offsets, block.offsets, part.shape, strict=True)):
-            target = target.narrow(dim, offset - here, size)
+        if part.shape != block.shape:
+            places = zip(part.offsets, block.offsets, part.shape, strict=True)
+            for dim, (offset, here, size) in enumerate(places):
+                target = target.narrow(dim, offset - here, size)
         yield part, target
 
 
@@ -578,8 +581,9 @@ def _run(files: StepFiles, wanted: Mapping[str, _FileReads], share: tuple[int, i
             checker=share[0],
         )
     streams = devices.current_streams(used - {devices.HOST})
+    threads = _THREADS_TO_DEVICES if streams else _THREADS
     try:
-        error = _native.read_files(batches, _THREADS, True, devices.seam.driver, streams)
+        error = _native.read_files(batches, threads, True, devices.seam.driver, streams)
     except _native.DeviceError as failure:
         raise DeviceError(str(failure)) from failure
     except ValueError as problem:

@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -297,6 +297,8 @@ class StoredPart(NamedTuple):
 
     def within(self, offsets: Sequence[int], shape: Sequence[int], itemsize: int) -> StoredPart | None:
         """What of it lies in a box of the whole tensor; None if nothing does. The stride stays."""
+        if self.offsets == offsets and self.shape == shape and 0 not in shape:
+            return self
         begins = [max(a, b) for a, b in zip(self.offsets, offsets, strict=True)]
         ends = [
             min(a + n, b + m) for a, n, b, m in zip(self.offsets, self.shape, offsets, shape, strict=True)
@@ -350,6 +352,8 @@ class StoredTensor:
 
     def needed(self, block: Block) -> NeededTensor:
         """What of it has to be read for a block; parsed."""
+        if self._is_one(block):
+            return NeededTensor(self.dtype, cast("tuple[StoredPart]", self.parts))
         return NeededTensor(
             self.dtype,
             tuple(
@@ -361,6 +365,8 @@ class StoredTensor:
 
     def covers(self, block: Block) -> bool:
         """Whether all of a block is there; parts do not overlap. Of what is on one node, it may not be."""
+        if self._is_one(block):
+            return True
         there = 0
         for part in self.parts:
             common = [
@@ -369,6 +375,11 @@ class StoredTensor:
             ]
             there += _elements(common) if all(size > 0 for size in common) else 0
         return there == _elements(block.shape)
+
+    def _is_one(self, block: Block) -> bool:
+        """Whether a block is the tensor's only part, as most are."""
+        only = self.parts[0] if len(self.parts) == 1 else None
+        return isinstance(only, StoredPart) and (only.offsets, only.shape) == (block.offsets, block.shape)
 
 
 class NeededTensor(NamedTuple):

@@ -82,9 +82,12 @@ def sizes_of(values: Any) -> tuple[int, ...]:
 
 def span_elements(shape: Sequence[int], stride: Sequence[int]) -> int:
     """Elements from the first to the last that these strides reach: 0 for an empty tensor."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    reach = 1
+    for size, step in zip(shape, stride, strict=True):
+        if size == 0:
+            return 0
+        reach += (size - 1) * step
+    return reach
 
 
 # The functions below take the place of those in torch._utils and take the same arguments.
