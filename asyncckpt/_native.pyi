@@ -145,6 +145,14 @@ def read_files(
     Raises DeviceError where a device cannot be used at all.
     """
 
+class EarlyReading:
+    """Begins to read and check whole files before it is known where their bytes go: as far as there are buffers.
+    `finish` says where, on the host, and returns what `read_files` does. `close` ends it in any case."""
+
+    def __init__(self, reads: FileReads, threads: int, direct: bool) -> None: ...
+    def finish(self, reads: FileReads) -> tuple[str, str, str, int, int, int, int, str] | None: ...
+    def close(self) -> None: ...
+
 def crc32(address: int, nbytes: int, crc: int = 0) -> int: ...
 def device_crc32(driver: str, device: int, stream: int, address: int, nbytes: int) -> int:
     """Raises DeviceError."""

@@ -232,7 +232,7 @@ class Loader:
 
             def prepare() -> tuple[StepEntry, restore.StepFiles, tuple[str, ...], Matching]:
                 entry = find()
-                files = opened.enter_context(restore.StepFiles(entry.path, self._listed(entry)))
+                files = opened.enter_context(self._files(entry))
                 left = self._left(entry)
                 matching = self._match(files, entry, left, strict, trusted)
                 if verify_first:
@@ -262,6 +262,10 @@ class Loader:
         metadata = entry.manifest.metadata if entry.manifest is not None else {}
         seconds = time.perf_counter() - began_s
         return Resume(entry.step, entry.path, not entry.foreign, passed_over, seconds, metadata, left)
+
+    def _files(self, entry: StepEntry) -> restore.StepFiles:
+        all_here = self._share[1] == 1 and not self._state.devices()
+        return restore.StepFiles(entry.path, self._listed(entry), all_here=all_here)
 
     def _attempt_here(self, step: int) -> str | None:
         try:
@@ -366,6 +370,7 @@ class Loader:
             own = place.path(own_path(self._member.rank))
             if own in (files.entries or ()) and self._has_as_many_ranks(entry):
                 tree.update(restore.read_zip(files, own, trusted=trusted))
+            files.begin_early()
             tree = {name: branch for name, branch in tree.items() if name not in left}
             restore.refuse_inert(tree, self._state.restored())
             matching = self._state.match(tree)

@@ -57,20 +57,42 @@ class StepFiles:
     Args:
         directory: of the step.
         entries: what the files must be; None for a step without a manifest.
+        all_here: all of them are verified by this process, and all goes to the host.
     """
 
-    def __init__(self, directory: Path, entries: Mapping[str, FileEntry] | None) -> None:
+    def __init__(
+        self, directory: Path, entries: Mapping[str, FileEntry] | None, *, all_here: bool = False
+    ) -> None:
         self.directory = directory
         self.entries = entries
+        self._all_here = all_here
         self._fds: dict[str, int] = {}  # of the files used last, in that order
+        self._early: _native.EarlyReading | None = None
 
     def __enter__(self) -> StepFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if (early := self.take_early()) is not None:
+            early.close()
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
+
+    def begin_early(self) -> None:
+        """Let the next pass over all files begin, if all of them is read in any case: that need not wait until
+        it is found out where it goes. What is read and checked meanwhile waits in the buffers of the pass.
+
+        Small reads go before: from here on they may wait until the buffers are full."""
+        if self.entries and self._all_here and self._early is None:
+            batch, _, _ = _batch(self, {name: _FileReads() for name in self.entries}, (0, 1))
+            with contextlib.suppress(ValueError):  # the pass itself will say what it is
+                self._early = _native.EarlyReading(batch, _THREADS, True)
+
+    def take_early(self) -> _native.EarlyReading | None:
+        """The pass that has begun, if one has; it is the caller's to finish, or to close."""
+        early, self._early = self._early, None
+        return early
 
     def path(self, name: str) -> str:
         """Where a file of the step is. Raises CorruptStepError for names that lead out of it."""
@@ -302,6 +324,7 @@ def _expect(files: StepFiles, infos: Iterable[Any], file_of: Callable[[Any], str
         spans.setdefault(file_of(info), []).extend(torch_zip.read_ahead(info.offset, info.length))
     for name, of_file in spans.items():
         files.expect(name, of_file)
+    files.begin_early()
 
 
 def _sizes_of(described: Any) -> dict[tuple[int, ...], tuple[int, ...]]:
@@ -554,9 +577,34 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 def _run(files: StepFiles, wanted: Mapping[str, _FileReads], share: tuple[int, int]) -> None:
     """One native pass over all files; more only where stored tensors overlap each other."""
+    batch, used, left = _batch(files, wanted, share)
+    streams = devices.current_streams(used - {devices.HOST})
+    threads = _THREADS_TO_DEVICES if streams else _THREADS
+    early = files.take_early()
+    try:
+        if early is not None and not streams:
+            error = early.finish(batch)
+        else:
+            if early is not None:
+                early.close()
+            error = _native.read_files(batch, threads, True, devices.seam.driver, streams)
+    except _native.DeviceError as failure:
+        raise DeviceError(str(failure)) from failure
+    except ValueError as problem:
+        raise CorruptStepError(str(files.directory), str(problem)) from problem
+    if error is not None:
+        _raise(files, *error)
+    if left:
+        _run(files, left, share)
+
+
+def _batch(
+    files: StepFiles, wanted: Mapping[str, _FileReads], share: tuple[int, int]
+) -> tuple[_native.FileReads, set[int], dict[str, _FileReads]]:
+    """What one pass can read, to which devices; and what is left for another."""
     left: dict[str, _FileReads] = {}
     used: set[int] = set()
-    batches = _native.FileReads()
+    batch = _native.FileReads()
     for name, reads in wanted.items():
         now, later = _apart(reads)
         if later.offsets:
@@ -568,7 +616,7 @@ def _run(files: StepFiles, wanted: Mapping[str, _FileReads], share: tuple[int, i
             raise CorruptStepError(files.path(name), f"blocks of {block_nbytes} bytes were never written")
         nbytes = entry.nbytes if entry is not None else files.nbytes(name)
         crcs = list(entry.block_crcs) if entry else []
-        batches.add(
+        batch.add(
             files.path(name),
             nbytes,
             block_nbytes,
@@ -580,18 +628,7 @@ def _run(files: StepFiles, wanted: Mapping[str, _FileReads], share: tuple[int, i
             checkers=share[1],
             checker=share[0],
         )
-    streams = devices.current_streams(used - {devices.HOST})
-    threads = _THREADS_TO_DEVICES if streams else _THREADS
-    try:
-        error = _native.read_files(batches, threads, True, devices.seam.driver, streams)
-    except _native.DeviceError as failure:
-        raise DeviceError(str(failure)) from failure
-    except ValueError as problem:
-        raise CorruptStepError(str(files.directory), str(problem)) from problem
-    if error is not None:
-        _raise(files, *error)
-    if left:
-        _run(files, left, share)
+    return batch, used, left
 
 
 def _apart(reads: _FileReads) -> tuple[_FileReads, _FileReads]:

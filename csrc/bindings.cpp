@@ -9,10 +9,13 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <limits>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "crc32.h"
 #include "device.h"
@@ -255,6 +258,24 @@ nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool wi
                         nb::bytes(forms.data(), forms.size() * sizeof(int64_t)));
 }
 
+// A reading that began before it was known where the bytes go. In a forked child it is left alone: there
+// are no threads to join.
+struct EarlyReading {
+  EarlyReading(const FileReads& reads, unsigned threads, bool direct)
+      : reading(new Reading(reads.files, threads, direct, /*placed=*/false)) {}
+  ~EarlyReading() { end(); }
+  EarlyReading(const EarlyReading&) = delete;
+  EarlyReading& operator=(const EarlyReading&) = delete;
+
+  void end() {
+    if (reading != nullptr && getpid() == owner) delete reading;
+    reading = nullptr;
+  }
+
+  Reading* reading;
+  const pid_t owner = getpid();
+};
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -413,12 +434,30 @@ NB_MODULE(_native, m) {
       [](const FileReads& reads, unsigned threads, bool direct, const std::string& driver,
          const Streams& streams) {
         if (reads.files.empty()) return nb::object(nb::none());
-        Reading reading(reads.files, threads, direct, driver, caller_streams(streams));
+        Reading reading(reads.files, threads, direct, /*placed=*/true, driver,
+                        caller_streams(streams));
         wait_interruptibly(std::numeric_limits<double>::infinity(),
                            [&](double t) { return reading.wait(t); });
         return error_of_reading(reading);
       },
       "reads"_a, "threads"_a, "direct"_a, "driver"_a = "libcuda.so.1", "streams"_a = Streams());
+
+  nb::class_<EarlyReading>(m, "EarlyReading")
+      .def(nb::init<const FileReads&, unsigned, bool>(), "reads"_a, "threads"_a, "direct"_a)
+      .def(
+          "finish",
+          [](EarlyReading& early, const FileReads& reads) {
+            if (early.reading == nullptr || getpid() != early.owner)
+              throw std::runtime_error("this reading has ended, or is the parent's");
+            // It ends here, also if it is interrupted: the places are the caller's, and may go away.
+            const std::unique_ptr<Reading> reading(std::exchange(early.reading, nullptr));
+            reading->place(reads.files);
+            wait_interruptibly(std::numeric_limits<double>::infinity(),
+                               [&](double t) { return reading->wait(t); });
+            return error_of_reading(*reading);
+          },
+          "reads"_a)
+      .def("close", &EarlyReading::end, nb::call_guard<nb::gil_scoped_release>());
 
   m.def(
       "crc32",

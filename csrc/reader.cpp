@@ -98,9 +98,23 @@ class Reading::Buffers {
   bool in_doubt_ = false;  // a device may read the buffers for longer than anything tells
 };
 
-Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct,
+namespace {
+
+void check_segments(const FileRead& file) {
+  uint64_t end = 0;
+  for (const Segment& segment : file.segments) {
+    if (segment.offset < end || segment.nbytes > file.nbytes ||
+        segment.offset > file.nbytes - segment.nbytes)
+      throw std::invalid_argument(file.path + ": segments overlap or leave the file");
+    end = segment.offset + segment.nbytes;
+  }
+}
+
+}  // namespace
+
+Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct, bool placed,
                  const std::string& driver, const std::vector<CallerStream>& streams)
-    : files_(std::move(files)), direct_(direct) {
+    : files_(std::move(files)), direct_(direct), placed_(placed) {
   uint64_t total = 0;
   for (const FileRead& file : files_) {
     if (file.block_nbytes == 0 || file.block_nbytes % kDirectAlignment != 0)
@@ -110,13 +124,7 @@ Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct,
       throw std::invalid_argument(file.path + ": there is no such checker");
     if (!file.block_crcs.empty() && file.block_crcs.size() != blocks)
       throw std::invalid_argument(file.path + ": needs one CRC for each of its blocks");
-    uint64_t end = 0;
-    for (const Segment& segment : file.segments) {
-      if (segment.offset < end || segment.nbytes > file.nbytes ||
-          segment.offset > file.nbytes - segment.nbytes)
-        throw std::invalid_argument(file.path + ": segments overlap or leave the file");
-      end = segment.offset + segment.nbytes;
-    }
+    check_segments(file);
     first_block_.push_back(total);
     // A file of no bytes has no block, but it must be looked at: it may have grown.
     total += std::max<uint64_t>(1, blocks);
@@ -142,7 +150,34 @@ Reading::~Reading() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-void Reading::cancel() { stopping_ = true; }
+void Reading::cancel() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  stopping_ = true;
+  place_known_.notify_all();
+}
+
+void Reading::place(std::vector<FileRead> files) {
+  if (files.size() != files_.size()) throw std::invalid_argument("these are other files");
+  for (size_t i = 0; i < files.size(); ++i) {
+    if (files[i].path != files_[i].path || files[i].nbytes != files_[i].nbytes)
+      throw std::invalid_argument(files[i].path + " is not what is read");
+    for (const Segment& segment : files[i].segments)
+      if (segment.device != kHost)
+        throw std::invalid_argument("devices are named at the beginning");
+    check_segments(files[i]);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (placed_) throw std::invalid_argument("the places are known already");
+  for (size_t i = 0; i < files.size(); ++i) files_[i].segments = std::move(files[i].segments);
+  placed_ = true;
+  place_known_.notify_all();
+}
+
+bool Reading::await_place() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  place_known_.wait(lock, [&] { return placed_ || stopping_; });
+  return placed_;
+}
 
 bool Reading::wait(double timeout_s) {
   std::unique_lock<std::mutex> lock(mutex_);
@@ -183,6 +218,7 @@ void Reading::read_loop() {
   std::lock_guard<std::mutex> lock(mutex_);
   if (error.kind != ReadError::Kind::none) {
     stopping_ = true;
+    place_known_.notify_all();
     if (block < error_at_) {
       error_at_ = block;
       error_ = std::move(error);
@@ -241,14 +277,21 @@ ReadError Reading::read_block(size_t index, uint64_t block, Buffers& buffers) {
   const uint64_t begin = block * file.block_nbytes;
   const auto nbytes = static_cast<size_t>(
       std::min<uint64_t>(file.block_nbytes, file.nbytes - std::min(begin, file.nbytes)));
-  auto segment = std::upper_bound(
-      file.segments.begin(), file.segments.end(), begin,
-      [](uint64_t offset, const Segment& s) { return offset < s.offset + s.nbytes; });
-  const bool needed = segment != file.segments.end() && segment->offset < begin + nbytes;
   ReadError error = open(index);
   if (error.kind != ReadError::Kind::none || !opened_[index]->file.is_open()) return error;
   const bool checked = !file.block_crcs.empty() && (index + block) % file.checkers == file.checker;
-  if (nbytes == 0 || (!needed && !checked)) return {};
+  if (nbytes == 0) return {};
+  const auto first_segment = [&] {
+    return std::upper_bound(
+        file.segments.begin(), file.segments.end(), begin,
+        [](uint64_t offset, const Segment& s) { return offset < s.offset + s.nbytes; });
+  };
+  if (!checked) {
+    if (!await_place()) return {};
+    const auto segment = first_segment();
+    const bool needed = segment != file.segments.end() && segment->offset < begin + nbytes;
+    if (!needed) return {};
+  }
 
   const auto refused = [&](const DeviceFailure& failure) {
     return ReadError{ReadError::Kind::device, failure.operation, file.path, block, 0, 0, 0,
@@ -267,7 +310,9 @@ ReadError Reading::read_block(size_t index, uint64_t block, Buffers& buffers) {
     if (crc != file.block_crcs[block])
       return {ReadError::Kind::crc, "crc32", file.path, block, 0, file.block_crcs[block], crc, ""};
   }
-  for (; segment != file.segments.end() && segment->offset < begin + nbytes; ++segment) {
+  if (!await_place()) return {};
+  for (auto segment = first_segment();
+       segment != file.segments.end() && segment->offset < begin + nbytes; ++segment) {
     const uint64_t from = std::max(begin, segment->offset);
     const uint64_t to = std::min<uint64_t>(begin + nbytes, segment->offset + segment->nbytes);
     if (segment->device != kHost) {

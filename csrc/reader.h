@@ -1,6 +1,8 @@
 // The reading engine: files -> memory, every block checked against its CRC-32 in the same pass.
 //
 // A block on its way to a device leaves its buffer while the next one is read and checked in another.
+// A reading can begin before it is known where the bytes go: what has to be checked anyhow is read and
+// checked, as far as there are buffers, and waits in them for its place.
 #pragma once
 
 #include <atomic>
@@ -53,12 +55,15 @@ struct ReadError {
 // what the caller's stream of that device had to do, and before the reading is over.
 class Reading {
  public:
-  Reading(std::vector<FileRead> files, unsigned threads, bool direct,
+  // Unless `placed`, the files have no segments yet, and place() follows; there are no devices then.
+  Reading(std::vector<FileRead> files, unsigned threads, bool direct, bool placed = true,
           const std::string& driver = "", const std::vector<CallerStream>& streams = {});
   ~Reading();  // cancels and joins
   Reading(const Reading&) = delete;
   Reading& operator=(const Reading&) = delete;
 
+  // Says once where the bytes go: the segments of `files`, which are otherwise those of the constructor.
+  void place(std::vector<FileRead> files);
   bool wait(double timeout_s);  // true when no thread works any more
   void cancel();
   ReadError error();  // of those found, the one in the lowest block of the first file
@@ -73,6 +78,7 @@ class Reading {
 
   class Buffers;
 
+  bool await_place();  // false if there will be none
   void use_devices(const std::string& driver, const std::vector<CallerStream>& streams);
   void read_loop();
   ReadError read_all(uint64_t* block);
@@ -90,6 +96,8 @@ class Reading {
   std::atomic<bool> stopping_{false};
   std::mutex mutex_;
   std::condition_variable finished_;
+  std::condition_variable place_known_;
+  bool placed_;
   size_t running_ = 0;
   uint64_t error_at_ = UINT64_MAX;
   ReadError error_;

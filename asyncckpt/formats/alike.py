@@ -51,14 +51,14 @@ class Archives:
 class _Mold:
     """What an archive must look like to be parsed to a tensor like this one."""
 
-    def __init__(self, ref: TensorRef, offset: int, seen: dict[int, bytes], records: dict[str, Record]) -> None:
+    def __init__(
+        self, ref: TensorRef, offset: int, seen: dict[int, bytes], records: dict[str, Record]
+    ) -> None:
         self._data_at = ref.data_offset - offset
         self._rest = [getattr(ref, name) for name in _REST]
         # CRCs of storages are different in each, and are not looked at.
         free = sorted(
-            record.crc_offset - offset
-            for name, record in records.items()
-            if name.startswith(STORAGE_PREFIX)
+            record.crc_offset - offset for name, record in records.items() if name.startswith(STORAGE_PREFIX)
         )
         pieces: list[tuple[int, bytes]] = []
         for at, data in sorted(seen.items()):
@@ -68,7 +68,9 @@ class _Mold:
                     pieces.append((at + begin, data[begin : crc_at - at]))
                     begin = crc_at + 4 - at
             pieces.append((at + begin, data[begin:]))
-        self._spans: list[tuple[int, int, list[tuple[int, bytes]]]] = []  # where, bytes, what is there from where on
+        self._spans: list[
+            tuple[int, int, list[tuple[int, bytes]]]
+        ] = []  # where, bytes, what is there from where on
         for at, data in pieces:
             if self._spans and at <= self._spans[-1][0] + self._spans[-1][1] + _GAP_NBYTES:
                 begin, size, inside = self._spans[-1]
