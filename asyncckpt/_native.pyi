@@ -146,8 +146,10 @@ def read_files(
     """
 
 class EarlyReading:
-    """Begins to read and check whole files before it is known where their bytes go: as far as there are buffers.
-    `finish` says where, on the host, and returns what `read_files` does. `close` ends it in any case."""
+    """Begins to read and check whole files before it is known where their bytes go, as far as there are buffers.
+
+    `finish` says where, on the host, and returns what `read_files` does; `close` ends it unfinished.
+    """
 
     def __init__(self, reads: FileReads, threads: int, direct: bool) -> None: ...
     def finish(self, reads: FileReads) -> tuple[str, str, str, int, int, int, int, str] | None: ...
