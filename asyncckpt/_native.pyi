@@ -146,7 +146,7 @@ def read_files(
     """
 
 class EarlyReading:
-    """Begins to read and check whole files before it is known where their bytes go, as far as there are buffers.
+    """Begins to read and check whole files, as far as there are buffers, before it is known where bytes go.
 
     `finish` says where, on the host, and returns what `read_files` does; `close` ends it unfinished.
     """

@@ -80,10 +80,11 @@ class StepFiles:
         self._fds.clear()
 
     def begin_early(self) -> None:
-        """Let the next pass over all files begin, if all of them is read in any case: that need not wait until
-        it is found out where it goes. What is read and checked meanwhile waits in the buffers of the pass.
+        """Let the next pass over all files begin, if all of them is read in any case.
 
-        Small reads go before: from here on they may wait until the buffers are full."""
+        That need not wait until it is found out where the bytes go; those that are checked meanwhile wait in
+        the buffers of the pass. Small reads go before: from here on they may wait until these are full.
+        """
         if self.entries and self._all_here and self._early is None:
             batch, _, _ = _batch(self, {name: _FileReads() for name in self.entries}, (0, 1))
             with contextlib.suppress(ValueError):  # the pass itself will say what it is

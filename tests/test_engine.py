@@ -295,12 +295,18 @@ def test_images_that_break_their_guarantees_are_refused() -> None:
             _native.make_image(*bad)
 
 
-def read_back(path: Path, crcs: list[int], nbytes: int, segments: list[tuple[int, int, int]]) -> object:
+def reads_of(
+    path: Path, crcs: list[int], nbytes: int, segments: list[tuple[int, int, int]]
+) -> _native.FileReads:
     reads = _native.FileReads()
     table = np.array(segments, dtype=np.uint64).reshape(-1, 3)
     columns = (np.ascontiguousarray(table[:, i]) for i in range(3))
     reads.add(str(path), nbytes, CHUNK, crcs, *columns, np.full(len(table), HOST, dtype=np.int32))
-    return _native.read_files(reads, 3, True)
+    return reads
+
+
+def read_back(path: Path, crcs: list[int], nbytes: int, segments: list[tuple[int, int, int]]) -> object:
+    return _native.read_files(reads_of(path, crcs, nbytes, segments), 3, True)
 
 
 def test_reading_scatters_verified_bytes(tmp_path: Path) -> None:
@@ -343,3 +349,74 @@ def test_reading_finds_every_flipped_bit_and_size(tmp_path: Path) -> None:
     error = read_back(path, crcs, len(data), [])
     assert error is not None
     assert (error[0], error[4]) == ("os", errno.ENOENT)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_reading_may_begin_before_it_is_known_where_the_bytes_go(tmp_path: Path, checked: bool) -> None:
+    """At every alignment of target and source: the copy goes past the cache, line by line."""
+    data = random.Random(1).randbytes(5 * CHUNK + 77)
+    path = tmp_path / "f"
+    path.write_bytes(data)
+    crcs = [zlib.crc32(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK)] if checked else []
+    memory = np.zeros(len(data) + 4096, dtype=np.uint8)
+    segments, expected, place = [], [], 0
+    for number, at in enumerate(range(0, len(data) - 300, 311)):
+        nbytes = number % 300
+        place += number % 67
+        segments.append((at, nbytes, memory.ctypes.data + place))
+        expected.append((place, data[at : at + nbytes]))
+        place += nbytes
+    early = _native.EarlyReading(reads_of(path, crcs, len(data), []), 2, True)
+    assert early.finish(reads_of(path, crcs, len(data), segments)) is None
+    for place, content in expected:
+        assert memory[place : place + len(content)].tobytes() == content
+    early.close()
+
+
+def test_what_is_damaged_is_found_before_it_has_a_place(tmp_path: Path) -> None:
+    data = bytearray(random.Random(1).randbytes(3 * CHUNK))
+    crcs = [zlib.crc32(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK)]
+    data[2 * CHUNK + 5] ^= 1
+    path = tmp_path / "f"
+    path.write_bytes(data)
+    target = np.zeros(len(data), dtype=np.uint8)
+    early = _native.EarlyReading(reads_of(path, crcs, len(data), []), 4, True)
+    error = early.finish(reads_of(path, crcs, len(data), [(0, len(data), target.ctypes.data)]))
+    assert error is not None
+    assert (error[0], error[3]) == ("crc", 2)
+    assert not target[2 * CHUNK :].any()
+
+
+def test_a_reading_that_never_learns_where_the_bytes_go_can_be_closed(tmp_path: Path) -> None:
+    data = random.Random(1).randbytes(9 * CHUNK)
+    crcs = [zlib.crc32(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK)]
+    path = tmp_path / "f"
+    path.write_bytes(data)
+    reads = reads_of(path, crcs, len(data), [])
+    early = _native.EarlyReading(reads, 2, True)  # more blocks than buffers: both threads come to wait
+    other = reads_of(path, crcs, len(data) - 1, [])
+    early.close()
+    early.close()
+    with pytest.raises(RuntimeError, match="has ended"):
+        early.finish(reads)
+    for wrong in (other, _native.FileReads()):
+        early = _native.EarlyReading(reads, 2, True)
+        with pytest.raises(ValueError, match=r"not what is read|other files"):
+            early.finish(wrong)
+        early.close()
+
+
+def test_a_forked_child_leaves_a_reading_to_its_parent(tmp_path: Path) -> None:
+    data = random.Random(1).randbytes(9 * CHUNK)
+    crcs = [zlib.crc32(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK)]
+    path = tmp_path / "f"
+    path.write_bytes(data)
+    early = _native.EarlyReading(reads_of(path, crcs, len(data), []), 2, True)
+    pid = os.fork()
+    if pid == 0:
+        early.close()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    target = np.zeros(len(data), dtype=np.uint8)
+    assert early.finish(reads_of(path, crcs, len(data), [(0, len(data), target.ctypes.data)])) is None
+    assert target.tobytes() == data

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import nn
 
-from asyncckpt import AsyncCheckpointer, _native
+from asyncckpt import AsyncCheckpointer, _native, survey
 from asyncckpt.errors import SaveError, SaveTimeoutError, TornStateError
 from asyncckpt.snapshot import Guard
 
@@ -313,6 +313,45 @@ def test_the_full_guard_fails_nothing_that_is_fenced(tmp_path: Path, guard: Any)
             optimizer.step()
     with AsyncCheckpointer(tmp_path, model=model, optimizer=optimizer, read_only=True) as checkpointer:
         assert checkpointer.steps() == list(range(1, 8))
+
+
+def test_the_guard_needs_no_table_of_dlpacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older torch has none: tensors are watched one by one, and what is said of them is the same."""
+    seen = []
+    for _ in range(2):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        with torch.inference_mode():
+            frozen = torch.zeros(3)
+        live = [*model.state_dict().items(), ("frozen", frozen), ("sparse", torch.eye(3).to_sparse())]
+        for some in (live[:4], live[:5], live):
+            guard = Guard([named for named in some if named[1].layout == torch.strided])
+            seen.append(guard.changed())
+            storages = {tensor.untyped_storage().data_ptr() for _, tensor in some[:4]}
+            assert guard.storages() >= storages
+            with torch.no_grad():
+                model[1].weight.add_(1)
+            seen.append(guard.changed())
+            guard.release()
+            assert guard.changed() is None
+            assert guard.storages() == frozenset()
+        monkeypatch.setattr(survey, "_EXCHANGE_API", None)
+    assert seen == [None, "1.weight was written to"] * 6
+
+
+@pytest.mark.parametrize("looked_at", ["at once", "one by one"])
+def test_a_tensor_that_is_pointed_elsewhere_leaves_its_memory_to_the_save(
+    looked_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(4, 4)
+    guard = Guard(list(model.named_parameters()))
+    model.weight.data = torch.empty(5)
+    if looked_at == "one by one":  # what is there now, DLPack may have no name for
+        monkeypatch.setattr(survey, "_EXCHANGE_API", None)
+    assert guard.changed() is None
+    held = guard.storages()
+    assert len(held) == 2
+    model.bias.untyped_storage().resize_(0)
+    assert guard.changed() == "the storage of bias was resized or replaced"
 
 
 # ---------------------------------------------------------------------------- memory that goes away

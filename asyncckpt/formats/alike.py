@@ -1,8 +1,8 @@
 """Many archives of one tensor each: of those that are alike, one is parsed.
 
-The items of a DCP file differ from each other in the bytes of a tensor and its CRC, often in nothing else. What
-parsing one comes to depends on few of its bytes: another of the same size, in which these are the same, comes
-to the same, only elsewhere. To compare them takes a twentieth of the time.
+The items of a DCP file differ from each other in the bytes of a tensor and its CRC, often in nothing else.
+What parsing one comes to depends on few of its bytes: another of the same size, in which these are the same,
+comes to the same, only elsewhere. To compare them takes a twentieth of the time.
 """
 
 from __future__ import annotations

@@ -565,8 +565,9 @@ class _Conversion:
         if (value.module, value.name) not in self._kinds:
             return value
         kind, names = self._kinds[value.module, value.name]
+        built: Any
         if type(value.state) is dict and value.state.keys() == names:
-            built = kind.__new__(kind)  # as unpickling does; the constructors take four times as long
+            built = object.__new__(kind)  # as unpickling does; the constructors take four times as long
             state = value.state
             vars(built).update({n: c if type(c) in _ATOMS else self.convert(c) for n, c in state.items()})
             return built
