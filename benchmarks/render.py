@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,13 @@ is idle then.
 - *Durable*: from the call until files and their fsync are done. Where the peer knows no fsync, a
   thread of the benchmark adds it.
 """
+_HOW_MANY_TENSORS = """
+**How.** Saves under training as above, {rounds} rounds after one to warm up, of states that have about the
+same bytes in ever more leaves: four for each weight. Peers that take seconds for a save of the largest take
+fewer rounds there. The host memory is {arena}, so that nothing waits for the disk. *Blocked* is the time
+inside the call, and what optimizer hooks made the step wait afterwards, both timed from outside. Contents
+are compared after training changed every tensor.
+"""
 _HOW_CEILING = """
 **How.** Training idle; {rounds} rounds after one to warm up, in alternating order: a whole save of {state}
 until durable, with everything that makes it crash-safe; a raw write of as many bytes by {raw_threads} threads
@@ -53,10 +60,9 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
         parts.append(
             "**From a tiny run, which only proves that the scripts work: the figures mean nothing.**\n"
         )
-    if "stall" in documents:
-        parts += _stall(documents["stall"])
-    if "ceiling" in documents:
-        parts += _ceiling(documents["ceiling"])
+    for name, section in _SECTIONS.items():
+        if name in documents:
+            parts += section(documents[name])
     return "\n".join(parts)
 
 
@@ -78,20 +84,7 @@ def _stall(document: dict[str, Any]) -> list[str]:
             rounds=config["rounds"],
             raw_threads=config["raw_threads"],
         ),
-        "### Targets\n",
-        _table(
-            ("Target", "With", "At most", "Measured", "Met"),
-            (
-                (
-                    one["what"],
-                    one["where"],
-                    _value(one["limit"], one["unit"]),
-                    _spread(one["measured"], one["unit"]),
-                    "yes" if one["met"] else "**no**",
-                )
-                for one in document["targets"]
-            ),
-        ),
+        *_targets(document),
         "### Beside the peers\n",
         _table(
             ("Saver", "Blocked", "x ours", "Slowdown", "Lost", "Durable", "x paired raw", "Contents right"),
@@ -110,10 +103,29 @@ def _stall(document: dict[str, Any]) -> list[str]:
             ),
         ),
         _list(f"*{name}*: {note}." for name, note in config["notes"].items()),
-        _list(f"*{name}* cannot run here: {why}" for name, why in document["cannot_run"].items()),
+        _cannot_run(document),
         "### Where the time of a save goes\n",
         "What blocked, as measured and as `SaveReport` has it; then the time from the call to each phase.\n",
         _phases({name: one for name, one in summaries.items() if "phases" in one}),
+    ]
+
+
+def _targets(document: dict[str, Any]) -> list[str]:
+    return [
+        "### Targets\n",
+        _table(
+            ("Target", "With", "At most", "Measured", "Met"),
+            (
+                (
+                    one["what"],
+                    one["where"],
+                    _value(one["limit"], one["unit"]),
+                    _spread(one["measured"], one["unit"]),
+                    "yes" if one["met"] else "**no**",
+                )
+                for one in document["targets"]
+            ),
+        ),
     ]
 
 
@@ -172,6 +184,38 @@ def _ceiling(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def _many_tensors(document: dict[str, Any]) -> list[str]:
+    config = document["config"]
+    return [
+        "## Many tensors: what a leaf costs\n",
+        machine_line(document["machine"]),
+        _HOW_MANY_TENSORS.format(rounds=config["rounds"], arena=_bytes(config["arena_bytes"])),
+        *_targets(document),
+        "### Beside the peers\n",
+        _table(
+            ("Leaves", "State", "Saver", "Blocked", "x layout dcp", "Durable", "Contents right"),
+            (
+                (
+                    f"{size['leaves']:,}",
+                    _bytes(size["nbytes"]),
+                    name,
+                    _spread(one["blocked_s"], "s"),
+                    _spread(one["x_dcp"], "x"),
+                    _spread(one["durable_s"], "s"),
+                    _contents(one),
+                )
+                for size in document["sizes"]
+                for name, one in size["summary"].items()
+            ),
+        ),
+        _cannot_run(document),
+    ]
+
+
+def _cannot_run(document: dict[str, Any]) -> str:
+    return _list(f"*{name}* cannot run here: {why}" for name, why in document["cannot_run"].items())
+
+
 def machine_line(facts: dict[str, Any]) -> str:
     """What was measured on, in one line of italics."""
     commit = facts["commit"] or "unknown"
@@ -212,6 +256,13 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def _list(items: Iterable[str]) -> str:
     return "".join(f"- {item}\n" for item in items)
+
+
+_SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "stall": _stall,
+    "many_tensors": _many_tensors,
+    "ceiling": _ceiling,
+}
 
 
 def render(results: Path, out: Path) -> None:

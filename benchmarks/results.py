@@ -96,3 +96,15 @@ def summary(values: Iterable[float]) -> dict[str, float]:
         "max": ordered[-1],
         "count": len(ordered),
     }
+
+
+def target(what: str, where: str, unit: str, limit: float, measured: dict[str, float]) -> dict[str, Any]:
+    """A promise beside its summary; kept if the median is within the limit. Units: see `render.value`."""
+    return {
+        "what": what,
+        "where": where,
+        "unit": unit,
+        "limit": limit,
+        "measured": measured,
+        "met": measured["median"] <= limit,
+    }

@@ -74,15 +74,30 @@ class _OurPending:
 
 
 class Asyncckpt:
-    """This package, layout "dcp"."""
+    """This package, with files that torch.distributed.checkpoint reads."""
 
-    def __init__(self, name: str, workload: Workload, directory: Path, host_memory_bytes: int) -> None:
+    layout = "dcp"
+    step_name = "step-{}"
+
+    def __init__(
+        self,
+        name: str,
+        workload: Workload,
+        directory: Path,
+        host_memory_bytes: int,
+        keep_last: int | None = None,
+    ) -> None:
         self.name = name
         self.note = f"host_memory = {host_memory_bytes >> 20} MiB"
         self._directory = directory
-        self._reader = _DcpReader(workload)
+        self._workload = workload
         self._checkpointer = AsyncCheckpointer(
-            directory, model=workload.model, optimizer=workload.optimizer, host_memory=host_memory_bytes
+            directory,
+            model=workload.model,
+            optimizer=workload.optimizer,
+            host_memory=host_memory_bytes,
+            layout=self.layout,
+            keep_last=keep_last,
         )
 
     def save(self, step: int) -> Pending:
@@ -90,13 +105,33 @@ class Asyncckpt:
         return _OurPending(self._checkpointer.save(step), began_s)
 
     def load(self, step: int) -> dict[str, torch.Tensor]:
-        return self._reader.read(self._directory / f"step-{step}")
+        return _DcpReader(self._workload).read(self.directory(step))
 
     def delete(self, step: int) -> None:
-        shutil.rmtree(self._directory / f"step-{step}")
+        shutil.rmtree(self.directory(step))
 
     def close(self) -> None:
         self._checkpointer.close()
+
+    def directory(self, step: int) -> Path:
+        """Where a step lies."""
+        return self._directory / self.step_name.format(step)
+
+
+class AsyncckptMegatron(Asyncckpt):
+    """This package, with files that torch.load and Megatron-LM read."""
+
+    layout = "megatron"
+    step_name = "iter_{:07d}"
+
+    def load(self, step: int) -> dict[str, torch.Tensor]:
+        path = self.directory(step) / "mp_rank_00" / "model_optim_rng.pt"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that storages are typed
+            whole = torch.load(path, mmap=True, weights_only=False)  # numpy's generator is in it
+        names = [name for name, _ in self._workload.model.named_parameters()]
+        state = {names[index]: values for index, values in whole["optimizer"]["state"].items()}
+        return dict(tensors_of({"model": whole["model"], "optimizer": {"state": state}}))
 
 
 class _FuturePending:

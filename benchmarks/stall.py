@@ -26,8 +26,8 @@ from statistics import mean, median
 from typing import Any
 
 from . import machine
-from .ceiling import RAW_THREADS, RawDisk, settle
-from .results import Options, summary
+from .raw_disk import RAW_THREADS, RawDisk, settle
+from .results import Options, summary, target
 from .savers import PEERS, Asyncckpt, Saver, peers
 from .workload import FULL, TINY, Workload
 
@@ -171,20 +171,9 @@ def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _targets(ours: dict[str, Any], note: str) -> list[dict[str, Any]]:
-    limits = [
-        ("blocked per save, warm", "s", BLOCKED_TARGET_S, "blocked_s"),
-        ("durable beside the paired raw write", "x", DURABLE_TARGET_RATIO, "ratio"),
-    ]
     return [
-        {
-            "what": what,
-            "where": note,
-            "unit": unit,
-            "limit": limit,
-            "measured": ours[key],
-            "met": ours[key]["median"] <= limit,
-        }
-        for what, unit, limit, key in limits
+        target("blocked per save, warm", note, "s", BLOCKED_TARGET_S, ours["blocked_s"]),
+        target("durable beside the paired raw write", note, "x", DURABLE_TARGET_RATIO, ours["ratio"]),
     ]
 
 

@@ -54,6 +54,17 @@ def test_what_is_reported_as_blocked_is_what_was_measured_from_outside(results: 
             assert row["reported_blocked_s"] <= row["blocked_s"]
 
 
+def test_many_tensors_verifies_every_save_at_every_size(results: Path) -> None:
+    document = json.loads((results / "many_tensors.json").read_text())
+    leaves = [size["leaves"] for size in document["sizes"]]
+    assert leaves == sorted(set(leaves))
+    for size in document["sizes"]:
+        for name in ("asyncckpt", "asyncckpt, megatron", "torch.save"):
+            assert size["summary"][name]["contents_right"] == size["summary"][name]["x_dcp"]["count"]
+        assert size["summary"]["asyncckpt"]["x_dcp"]["max"] == 1
+    assert len(document["targets"]) == 2 * len(leaves)
+
+
 def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
     run("benchmarks.render", "--results", str(results), "--out", str(tmp_path / "page.md"))
     page = (tmp_path / "page.md").read_text()
@@ -61,8 +72,9 @@ def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
     stall = json.loads((results / "stall.json").read_text())
     for name in (*stall["summary"], *stall["cannot_run"]):
         assert name in page
-    for target in stall["targets"]:
-        assert target["what"] in page
+    documents = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    for target in (target for document in documents for target in document.get("targets", ())):
+        assert f"| {target['what']} | {target['where']} |" in page
     assert "figures mean nothing" in page
     assert str(ROOT) not in page
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from asyncckpt import memory
 
-from ..ceiling import RawDisk, settle
+from ..raw_disk import RawDisk, settle
 from .journal import Budget, Emit, Row
 from .pages import HUGE, pages
 from .peers import OURS, Saver, make

@@ -1,0 +1,32 @@
+"""many_tensors.py under pytest-benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import many_tensors
+from benchmarks.results import Options
+
+pytestmark = [pytest.mark.timeout(3600), pytest.mark.filterwarnings("ignore")]  # as in bench_stall.py
+
+
+@pytest.fixture(scope="module")
+def document(options: Options) -> dict[str, Any]:
+    result = many_tensors.run(options)
+    options.write("many_tensors", result)
+    return result
+
+
+@pytest.mark.parametrize("saver", many_tensors.SAVERS)
+@pytest.mark.parametrize("index", range(len(many_tensors.FULL)))
+def test_save(document: dict[str, Any], replay: Any, benchmark: Any, saver: str, index: int) -> None:
+    leaves = document["sizes"][index]["leaves"]
+    rows = [row for row in document["rows"] if (row["saver"], row["leaves"]) == (saver, leaves)]
+    if not rows:
+        pytest.skip(document["cannot_run"][saver])
+    benchmark.group = f"blocked, {leaves:,} leaves"
+    replay(row["blocked_s"] for row in rows)
+    if saver in (many_tensors.DCP, many_tensors.MEGATRON):
+        assert {row["contents"] for row in rows} == {"right"}

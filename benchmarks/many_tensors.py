@@ -1,0 +1,147 @@
+"""What a save blocks training when the state has many tensors.
+
+The same bytes in ever more leaves: what training waits for must be the work of a copy, not of a loop over
+leaves. Each save is measured as in stall.py, training goes on, and what was saved is compared with the
+state at the call. Peers that need seconds for a save of the largest take fewer rounds there.
+
+    blocked     seconds inside save(), and in the optimizer's hooks afterwards; timed from outside
+
+    python -m benchmarks.many_tensors [--tiny] [--dir DISK] [--out DIRECTORY] [--rounds COUNT]
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import machine
+from .results import Options, summary, target
+from .savers import PEERS, Asyncckpt, AsyncckptMegatron, Saver, peers
+from .stall import measure
+from .workload import Size, Workload
+
+DCP, MEGATRON = "asyncckpt", "asyncckpt, megatron"
+SAVERS = (DCP, MEGATRON, *PEERS)
+MEGATRON_TARGET_RATIO = 2.0
+_MANY = 10_000  # leaves from which on peers take seconds for a save
+_ARENA_BYTES = 128 << 20  # twice the state: here, nothing is to wait for the disk
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A state of some leaves (four for each weight), and how long a save of it may block."""
+
+    size: Size
+    target_s: float
+
+    @property
+    def leaves(self) -> int:
+        return 4 * self.size.weights
+
+
+FULL = (  # 64 MiB each
+    Scale(Size(weights=64, rows=256, columns=341, compute_s=0.05), target_s=0.005),
+    Scale(Size(weights=1024, rows=64, columns=85, compute_s=0.05), target_s=0.010),
+    Scale(Size(weights=12_500, rows=8, columns=56, compute_s=0.05), target_s=0.060),
+)
+TINY = (
+    Scale(Size(weights=4, rows=64, columns=64, compute_s=0.005), target_s=0.005),
+    Scale(Size(weights=32, rows=8, columns=64, compute_s=0.005), target_s=0.010),
+    Scale(Size(weights=64, rows=8, columns=32, compute_s=0.005), target_s=0.060),
+)
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure and return the document."""
+    warnings.filterwarnings("ignore", module="torch")  # as in stall.py
+    document: dict[str, Any] = {"benchmark": "many_tensors", "tiny": options.tiny}
+    sizes: list[dict[str, Any]] = []
+    targets: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    cannot: dict[str, str] = {}
+    for scale in TINY if options.tiny else FULL:
+        workload = Workload(scale.size)
+        try:
+            with options.scratch(8 * workload.nbytes) as scratch:
+                document.setdefault("machine", machine.describe(scratch))
+                found, cannot_run = _measure(options, scale, workload, scratch)
+        finally:
+            workload.close()
+        summaries = {
+            saver: _summarise(found, saver) for saver in dict.fromkeys(row["saver"] for row in found)
+        }
+        sizes.append({"leaves": scale.leaves, "nbytes": workload.nbytes, "summary": summaries})
+        targets += _targets(scale, summaries)
+        cannot |= {saver: f"{scale.leaves:,} leaves: {why}" for saver, why in cannot_run.items()}
+        rows += found
+    return document | {
+        "config": {"rounds": options.rounds, "arena_bytes": _ARENA_BYTES},
+        "targets": targets,
+        "cannot_run": cannot,
+        "sizes": sizes,
+        "rows": rows,
+    }
+
+
+def _measure(
+    options: Options, scale: Scale, workload: Workload, scratch: Path
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    ours: list[Saver] = [
+        Asyncckpt(DCP, workload, scratch / "dcp", _ARENA_BYTES),
+        AsyncckptMegatron(MEGATRON, workload, scratch / "megatron", _ARENA_BYTES),
+    ]
+    others, cannot = peers(workload, scratch)
+    few = max(1, options.rounds // 5) if scale.leaves >= _MANY else options.rounds
+    rows: list[dict[str, Any]] = []
+    try:
+        for number in range(options.rounds + 1):  # the first warms up ours; peers come warm
+            for saver in ours + (others if 1 <= number <= few else []):
+                row = {"leaves": scale.leaves, "round": number, **measure(workload, saver, number + 1)}
+                print(
+                    f"many_tensors {scale.leaves} {number}/{options.rounds} {saver.name}: "
+                    f"blocked {row['blocked_s'] * 1e3:.1f} ms, contents {row['contents']}",
+                    file=sys.stderr,
+                )
+                if number:
+                    rows.append(row)
+    finally:
+        for saver in (*ours, *others):
+            saver.close()
+    return rows, cannot
+
+
+def _summarise(rows: list[dict[str, Any]], saver: str) -> dict[str, Any]:
+    of_saver = [row for row in rows if row["saver"] == saver]
+    dcp_s = {row["round"]: row["blocked_s"] for row in rows if row["saver"] == DCP}
+    result: dict[str, Any] = {
+        key: summary(row[key] for row in of_saver) for key in ("blocked_s", "call_s", "fence_s", "durable_s")
+    }
+    result["x_dcp"] = summary(row["blocked_s"] / dcp_s[row["round"]] for row in of_saver)
+    result["contents_right"] = sum(row["contents"] == "right" for row in of_saver)
+    result["contents_wrong"] = sorted({row["contents"] for row in of_saver} - {"right"})
+    return result
+
+
+def _targets(scale: Scale, summaries: dict[str, Any]) -> list[dict[str, Any]]:
+    where = f"{scale.leaves:,} leaves"
+    megatron = summaries[MEGATRON]["x_dcp"]
+    return [
+        target("blocked per save", f"{where}, layout dcp", "s", scale.target_s, summaries[DCP]["blocked_s"]),
+        target(
+            "blocked beside layout dcp", f"{where}, layout megatron", "x", MEGATRON_TARGET_RATIO, megatron
+        ),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write many_tensors.json."""
+    options = Options.parse(__doc__.splitlines()[0], arguments)
+    print(options.write("many_tensors", run(options)))
+
+
+if __name__ == "__main__":
+    main()
