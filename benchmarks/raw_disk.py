@@ -13,6 +13,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,80 +32,153 @@ class RawWrite:
     direct: bool
 
 
+@dataclass(frozen=True)
+class RawRead:
+    """One raw read of some files: open to the last byte."""
+
+    seconds: float
+    nbytes: int
+    direct: bool
+
+
 class RawDisk:
-    """Writes without anything to save: what the disk takes."""
+    """Writes and reads without anything to save: what the disk takes, and gives."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "raw"
-        # From small pages the same writes take half as long again: their every page is one more segment
-        # of the transfer. A ceiling lower than what it is compared with would flatter.
-        memory = mmap.mmap(-1, BLOCK_NBYTES + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE
-        self._block = memoryview(memory)[start : start + BLOCK_NBYTES]
+        self._blocks = [_huge_pages(BLOCK_NBYTES) for _ in range(RAW_THREADS)]
+        self._block = _huge_pages(BLOCK_NBYTES)
         self._block[:] = random.Random(0).randbytes(BLOCK_NBYTES)
 
     def direct(self, nbytes: int, threads: int = RAW_THREADS) -> RawWrite:
         """Many writers, past the page cache, whole pages; buffered where O_DIRECT is refused."""
         nbytes = -(-nbytes // _PAGE) * _PAGE
         began_s = time.perf_counter()
-        fd, direct = self._create()
-        offsets = itertools.count(0, BLOCK_NBYTES)  # next() on it is atomic
-        failures: list[OSError] = []
-
-        def write() -> None:
-            try:
-                for offset in offsets:
-                    if offset >= nbytes:
-                        return
-                    self._pwrite(fd, self._block[: nbytes - offset], offset)
-            except OSError as problem:
-                failures.append(problem)
-
-        try:
-            os.posix_fallocate(fd, 0, nbytes)  # fallocate(2) on every filesystem that takes O_DIRECT
-            writers = [threading.Thread(target=write) for _ in range(threads)]
-            for writer in writers:
-                writer.start()
-            for writer in writers:
-                writer.join()
-            if failures:
-                raise failures[0]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        direct = self._write(self._path, nbytes, threads)
         seconds = time.perf_counter() - began_s
         self._path.unlink()
         return RawWrite(seconds, nbytes, direct)
+
+    def keep(self, path: Path, nbytes: int) -> Path:
+        """A file to read, written as above."""
+        self._write(path, -(-nbytes // _PAGE) * _PAGE, RAW_THREADS)
+        os.truncate(path, nbytes)
+        return path
 
     def buffered(self, nbytes: int) -> RawWrite:
         """One writer through the page cache, and fsync."""
         began_s = time.perf_counter()
         with self._path.open("xb", buffering=0) as file:
             for offset in range(0, nbytes, BLOCK_NBYTES):
-                self._pwrite(file.fileno(), self._block[: nbytes - offset], offset)
+                _pwrite(file.fileno(), self._block[: nbytes - offset], offset)
             os.fsync(file.fileno())
         seconds = time.perf_counter() - began_s
         self._path.unlink()
         return RawWrite(seconds, nbytes, direct=False)
 
-    @staticmethod
-    def _pwrite(fd: int, block: memoryview, offset: int) -> None:
-        written = 0
-        while written < len(block):
-            written += os.pwrite(fd, block[written:], offset + written)
+    def read(self, paths: Sequence[Path]) -> RawRead:
+        """Many readers, past the page cache, each with memory of its own; buffered if O_DIRECT is refused."""
+        began_s = time.perf_counter()
+        opened = [_open(path, os.O_RDONLY) for path in paths]
+        sizes = [os.fstat(fd).st_size for fd, _ in opened]
+        blocks = iter(
+            [
+                (fd, offset, min(BLOCK_NBYTES, size - offset))
+                for (fd, _), size in zip(opened, sizes, strict=True)
+                for offset in range(0, size, BLOCK_NBYTES)
+            ]
+        )  # next() on it is atomic
 
-    def _create(self) -> tuple[int, bool]:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        def read(thread: int) -> None:
+            for fd, offset, expected in blocks:
+                got = os.preadv(fd, [self._blocks[thread]], offset)
+                if got != expected:
+                    raise OSError(errno.EIO, f"{got} bytes read where {expected} are")
+
         try:
-            return os.open(self._path, flags | os.O_DIRECT, 0o600), True
-        except OSError as problem:
-            if problem.errno != errno.EINVAL:
-                raise
-            self._path.unlink(missing_ok=True)  # some filesystems create first and refuse then
-            return os.open(self._path, flags, 0o600), False
+            _in_threads(RAW_THREADS, read)
+        finally:
+            for fd, _ in opened:
+                os.close(fd)
+        seconds = time.perf_counter() - began_s
+        return RawRead(seconds, sum(sizes), all(direct for _, direct in opened))
+
+    def _write(self, path: Path, nbytes: int, threads: int) -> bool:
+        """A new file of whole pages, on the disk; whether O_DIRECT was taken."""
+        fd, direct = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        offsets = itertools.count(0, BLOCK_NBYTES)  # next() on it is atomic
+
+        def write(thread: int) -> None:
+            for offset in offsets:
+                if offset >= nbytes:
+                    return
+                _pwrite(fd, self._block[: nbytes - offset], offset)
+
+        try:
+            if nbytes:
+                os.posix_fallocate(fd, 0, nbytes)  # fallocate(2) on every filesystem that takes O_DIRECT
+            _in_threads(threads, write)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return direct
 
 
 def settle() -> None:
     """Let earlier writes, deletions and their journal reach the disk, so that they disturb nobody."""
     os.sync()
+
+
+def forget(paths: Iterable[Path]) -> None:
+    """Settle, and have nothing of these files in the page cache."""
+    settle()
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def _huge_pages(nbytes: int) -> memoryview:
+    # From small pages the same writes take half as long again: their every page is one more segment
+    # of the transfer. A ceiling lower than what it is compared with would flatter.
+    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE
+    block = memoryview(memory)[start : start + nbytes]
+    block[:] = bytes(nbytes)  # there before it is timed
+    return block
+
+
+def _in_threads(count: int, work: Callable[[int], None]) -> None:
+    failures: list[OSError] = []
+
+    def run(thread: int) -> None:
+        try:
+            work(thread)
+        except OSError as problem:
+            failures.append(problem)
+
+    threads = [threading.Thread(target=run, args=(thread,)) for thread in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _pwrite(fd: int, block: memoryview, offset: int) -> None:
+    written = 0
+    while written < len(block):
+        written += os.pwrite(fd, block[written:], offset + written)
+
+
+def _open(path: Path, flags: int) -> tuple[int, bool]:
+    try:
+        return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o600), True
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:
+            raise
+        if flags & os.O_CREAT:
+            path.unlink(missing_ok=True)  # some filesystems create first and refuse then
+        return os.open(path, flags | os.O_CLOEXEC, 0o600), False

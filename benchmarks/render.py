@@ -51,6 +51,14 @@ _HOW_CEILING = """
 until durable, with everything that makes it crash-safe; a raw write of as many bytes by {raw_threads} threads
 with O_DIRECT out of huge pages into one new preallocated file, and fsync; one buffered writer, and fsync.
 """
+_HOW_LOAD = """
+**How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
+pairs in all: load() of {state} in {files} files into the live tensors, every byte verified; a raw read of
+files of the same sizes by {raw_threads} threads with O_DIRECT in blocks of {block} into huge pages. Before
+each, all is synced and the page cache has nothing of the files. Training changes every tensor before each
+load, and what is there after it is compared with what was saved. Beside them a few times, as cold: stock
+dcp.load into tensors that were made before.
+"""
 
 
 def page(documents: dict[str, dict[str, Any]]) -> str:
@@ -160,20 +168,13 @@ def _ceiling(document: dict[str, Any]) -> list[str]:
         "ours_s": "asyncckpt, whole save",
         "buffered_s": "one buffered writer",
     }
-
-    def speed(one: dict[str, float]) -> str:
-        return f"{config['nbytes'] / one['median'] / _GIB:.2f} GiB/s"
-
     return [
         "## Ceiling: what the disk takes\n",
         machine_line(document["machine"]),
         _HOW_CEILING.format(
             rounds=config["rounds"], state=_bytes(config["nbytes"]), raw_threads=config["raw_threads"]
         ),
-        _table(
-            ("", "Time", "Speed"),
-            ((what, _spread(summaries[key], "s"), speed(summaries[key])) for key, what in names.items()),
-        ),
+        _times(names, document),
         _list(
             (
                 f"A save beside the raw write next to it: {_spread(summaries['ratio'], 'x')}.",
@@ -214,6 +215,47 @@ def _many_tensors(document: dict[str, Any]) -> list[str]:
 
 def _cannot_run(document: dict[str, Any]) -> str:
     return _list(f"*{name}* cannot run here: {why}" for name, why in document["cannot_run"].items())
+
+
+def _load(document: dict[str, Any]) -> list[str]:
+    config, summaries = document["config"], document["summary"]
+    names = {
+        "raw_s": f"raw, {config['raw_threads']} threads, O_DIRECT",
+        "ours_s": "asyncckpt, load()",
+        "stock_s": "dcp.load",
+    }
+    return [
+        "## Load: what the disk gives\n",
+        machine_line(document["machine"]),
+        _HOW_LOAD.format(
+            rounds=config["rounds"],
+            pairs=summaries["ratio"]["count"],
+            state=_bytes(config["nbytes"]),
+            files=config["files"],
+            raw_threads=config["raw_threads"],
+            block=_bytes(config["block_bytes"]),
+        ),
+        *_targets(document),
+        _times(names, document),
+        _list(
+            (
+                f"Contents right: {summaries['contents_right']} of {len(document['rows'])}.",
+                f"O_DIRECT: {'all raw reads' if summaries['direct'] else 'refused here, all was buffered'}.",
+            )
+        ),
+    ]
+
+
+def _times(names: dict[str, str], document: dict[str, Any]) -> str:
+    """Times of the same bytes, and the speeds that they come to."""
+    nbytes, summaries = document["config"]["nbytes"], document["summary"]
+    return _table(
+        ("", "Time", "Speed"),
+        (
+            (what, _spread(summaries[key], "s"), f"{nbytes / summaries[key]['median'] / _GIB:.2f} GiB/s")
+            for key, what in names.items()
+        ),
+    )
 
 
 def machine_line(facts: dict[str, Any]) -> str:
@@ -262,6 +304,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "stall": _stall,
     "many_tensors": _many_tensors,
     "ceiling": _ceiling,
+    "load": _load,
 }
 
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from asyncckpt import AsyncCheckpointer, SaveHandle, SaveReport
+from asyncckpt import AsyncCheckpointer, Resume, SaveHandle, SaveReport
 
 from .workload import Workload, tensors_of
 
@@ -105,7 +105,11 @@ class Asyncckpt:
         return _OurPending(self._checkpointer.save(step), began_s)
 
     def load(self, step: int) -> dict[str, torch.Tensor]:
-        return _DcpReader(self._workload).read(self.directory(step))
+        return DcpReader(self._workload).read(self.directory(step))
+
+    def resume(self, step: int) -> Resume:
+        """Load into the live tensors."""
+        return self._checkpointer.load(step)
 
     def delete(self, step: int) -> None:
         shutil.rmtree(self.directory(step))
@@ -214,7 +218,7 @@ class DcpAsyncSave:
         self.note = note
         self._workload = workload
         self._directory = directory
-        self._reader = _DcpReader(workload)
+        self._reader = DcpReader(workload)
         self._stager = stager
         self._options = {} if stager is None else {"async_stager": stager}
 
@@ -238,20 +242,31 @@ class DcpAsyncSave:
         return self._directory / f"step-{step}"
 
 
-class _DcpReader:
-    """Stock dcp.load into tensors that it owns."""
+class DcpReader:
+    """Stock dcp.load into tensors that are not training's."""
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
 
     def read(self, directory: Path) -> dict[str, torch.Tensor]:
+        """What the files hold."""
+        target = self.target()
+        self.fill(target, directory)
+        return dict(tensors_of(target))
+
+    def target(self) -> dict[str, Any]:
+        """Tensors to load into, which hold nothing yet."""
         tree = self._workload.tree()
         wanted = {"model": tree["model"], "optimizer": {"state": tree["optimizer"]["state"]}}
-        target = _map(wanted, lambda tensor: torch.full_like(tensor, float("nan")))
+        made: dict[str, Any] = _map(wanted, lambda tensor: torch.full_like(tensor, float("nan")))
+        return made
+
+    @staticmethod
+    def fill(target: dict[str, Any], directory: Path) -> None:
+        """Load into them."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that this is a single process, and that storages are typed
             dcp_load(target, storage_reader=FileSystemReader(directory))
-        return dict(tensors_of(target))
 
 
 def _map(tree: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -65,6 +65,15 @@ def test_many_tensors_verifies_every_save_at_every_size(results: Path) -> None:
     assert len(document["targets"]) == 2 * len(leaves)
 
 
+def test_loads_are_verified_and_paired_with_raw_reads_in_either_order(results: Path) -> None:
+    document = json.loads((results / "load.json").read_text())
+    rows = document["rows"]
+    assert len(rows) == 2 * document["config"]["rounds"]
+    assert [row["first"] for row in rows[:2]] == ["ours", "raw"]
+    assert {row["contents"] for row in (*rows, *document["stock_rows"])} == {"right"}
+    assert document["targets"][0]["measured"]["count"] == len(rows)
+
+
 def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
     run("benchmarks.render", "--results", str(results), "--out", str(tmp_path / "page.md"))
     page = (tmp_path / "page.md").read_text()

@@ -1,0 +1,131 @@
+"""How near a load comes to reading as many bytes.
+
+load() brings a step into the live tensors and checks every byte. Beside it, files of the same sizes are read
+raw: four threads, O_DIRECT, blocks of huge pages. A round is two pairs, one in each order; nothing is in the
+page cache before any of them, and training is idle. Stock dcp.load reads the same step in a few rounds.
+
+    ratio       seconds of load() by seconds of the raw read next to it
+
+    python -m benchmarks.load [--tiny] [--dir DISK] [--out DIRECTORY] [--rounds COUNT]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine
+from .raw_disk import BLOCK_NBYTES, RAW_THREADS, RawDisk, forget
+from .results import Options, summary, target
+from .savers import Asyncckpt, DcpReader
+from .workload import FULL, TINY, Workload, tensors_of
+
+TARGET_RATIO = 1.10
+_STOCK_ROUNDS = 3
+_STEP = 1
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure and return the document."""
+    warnings.filterwarnings("ignore", module="torch")  # as in stall.py
+    workload = Workload(TINY if options.tiny else FULL)
+    try:
+        with options.scratch(3 * workload.nbytes) as scratch:
+            saver = Asyncckpt("asyncckpt", workload, scratch / "ours", workload.nbytes + (64 << 20))
+            try:
+                return _run(options, workload, saver, scratch)
+            finally:
+                saver.close()
+    finally:
+        workload.close()
+
+
+def _run(options: Options, workload: Workload, saver: Asyncckpt, scratch: Path) -> dict[str, Any]:
+    facts = machine.describe(scratch)
+    workload.remember()
+    saver.save(_STEP).wait()
+    step_files = [path for path in sorted(saver.directory(_STEP).rglob("*")) if path.is_file()]
+    disk = RawDisk(scratch)
+    raw_files = [
+        disk.keep(scratch / f"raw-{index}", path.stat().st_size) for index, path in enumerate(step_files)
+    ]
+
+    def ours() -> dict[str, Any]:
+        workload.step()  # what is loaded is not what is there
+        forget(step_files)
+        began_s = time.perf_counter()
+        resume = saver.resume(_STEP)
+        seconds = time.perf_counter() - began_s
+        assert resume.verified
+        return {"ours_s": seconds, "contents": workload.judge(dict(workload.tensors()))}
+
+    def raw() -> dict[str, Any]:
+        forget(raw_files)
+        read = disk.read(raw_files)
+        return {"raw_s": read.seconds, "raw_direct": read.direct}
+
+    rows: list[dict[str, Any]] = []
+    for number in range(options.rounds + 1):  # the first warms up
+        for turns in ((ours, raw), (raw, ours)):
+            row: dict[str, Any] = {"round": number, "first": turns[0].__name__}
+            for measure in turns:
+                row |= measure()
+            row["ratio"] = row["ours_s"] / row["raw_s"]
+            print(
+                f"load {number}/{options.rounds}: {row['ours_s']:.3f} s = {row['ratio']:.2f} raw, "
+                f"contents {row['contents']}",
+                file=sys.stderr,
+            )
+            if number:
+                rows.append(row)
+    stock = [_stock(workload, saver, step_files) for _ in range(min(_STOCK_ROUNDS, options.rounds))]
+    ratio = summary(row["ratio"] for row in rows)
+    nbytes = sum(path.stat().st_size for path in step_files)
+    return {
+        "benchmark": "load",
+        "tiny": options.tiny,
+        "machine": facts,
+        "config": {
+            "nbytes": nbytes,
+            "files": len(step_files),
+            "raw_threads": RAW_THREADS,
+            "block_bytes": BLOCK_NBYTES,
+            "rounds": options.rounds,
+        },
+        "targets": [target("load beside the paired raw read", "cold, verified", "x", TARGET_RATIO, ratio)],
+        "summary": {
+            "ours_s": summary(row["ours_s"] for row in rows),
+            "raw_s": summary(row["raw_s"] for row in rows),
+            "stock_s": summary(row["stock_s"] for row in stock),
+            "ratio": ratio,
+            "contents_right": sum(row["contents"] == "right" for row in rows),
+            "direct": all(row["raw_direct"] for row in rows),
+        },
+        "rows": rows,
+        "stock_rows": stock,
+    }
+
+
+def _stock(workload: Workload, saver: Asyncckpt, step_files: Iterable[Path]) -> dict[str, Any]:
+    """One cold dcp.load into tensors that were made before."""
+    reader = DcpReader(workload)
+    into = reader.target()
+    forget(step_files)
+    began_s = time.perf_counter()
+    reader.fill(into, saver.directory(_STEP))
+    seconds = time.perf_counter() - began_s
+    return {"stock_s": seconds, "contents": workload.judge(dict(tensors_of(into)))}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write load.json."""
+    options = Options.parse(__doc__.splitlines()[0], arguments)
+    print(options.write("load", run(options)))
+
+
+if __name__ == "__main__":
+    main()
