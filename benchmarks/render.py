@@ -59,6 +59,12 @@ each, all is synced and the page cache has nothing of the files. Training change
 load, and what is there after it is compared with what was saved. Beside them a few times, as cold: stock
 dcp.load into tensors that were made before.
 """
+_HOW_CPU = """
+**How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn saves {state}.
+What all threads of the process spend on processors, user and system, from the call until durable, is the
+save's. Our checksums are in it; the peers make none. What the kernel writes back on threads of its own, for
+whoever writes through the page cache, is in nobody's account: it flatters the peers.
+"""
 
 
 def page(documents: dict[str, dict[str, Any]]) -> str:
@@ -246,6 +252,25 @@ def _load(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def _cpu(document: dict[str, Any]) -> list[str]:
+    config = document["config"]
+    return [
+        "## Processor time: what a save takes from others\n",
+        machine_line(document["machine"]),
+        _HOW_CPU.format(rounds=config["rounds"], state=_bytes(config["nbytes"])),
+        *_targets(document),
+        "### Beside the peers\n",
+        _table(
+            ("Saver", "Processor time per GiB", "Durable", "Contents right"),
+            (
+                (name, _spread(one["cpu_s_per_gib"], "s"), _spread(one["durable_s"], "s"), _contents(one))
+                for name, one in document["summary"].items()
+            ),
+        ),
+        _cannot_run(document),
+    ]
+
+
 def _times(names: dict[str, str], document: dict[str, Any]) -> str:
     """Times of the same bytes, and the speeds that they come to."""
     nbytes, summaries = document["config"]["nbytes"], document["summary"]
@@ -271,7 +296,7 @@ def machine_line(facts: dict[str, Any]) -> str:
 
 
 def _contents(one: dict[str, Any]) -> str:
-    text = f"{one['contents_right']} of {one['blocked_s']['count']}"
+    text = f"{one['contents_right']} of {one['durable_s']['count']}"
     return f"{text}: {'; '.join(one['contents_wrong'])}" if one["contents_wrong"] else text
 
 
@@ -305,6 +330,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "many_tensors": _many_tensors,
     "ceiling": _ceiling,
     "load": _load,
+    "cpu": _cpu,
 }
 
 

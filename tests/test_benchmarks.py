@@ -74,6 +74,13 @@ def test_loads_are_verified_and_paired_with_raw_reads_in_either_order(results: P
     assert document["targets"][0]["measured"]["count"] == len(rows)
 
 
+def test_processor_time_is_that_of_saves_that_were_right(results: Path) -> None:
+    document = json.loads((results / "cpu.json").read_text())
+    assert min(row["cpu_s"] for row in document["rows"]) > 0
+    assert document["summary"]["asyncckpt"]["contents_right"] == document["config"]["rounds"]
+    assert document["targets"][0]["measured"] == document["summary"]["asyncckpt"]["cpu_s_per_gib"]
+
+
 def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
     run("benchmarks.render", "--results", str(results), "--out", str(tmp_path / "page.md"))
     page = (tmp_path / "page.md").read_text()

@@ -1,0 +1,118 @@
+"""What processor time a save takes: what it must steal from training's loaders, or from training itself.
+
+Training is idle, so that all that the process spends between the call and durable is the save's. Our
+checksums are in it; the peers make none. What the kernel writes back on threads of its own, for whoever
+writes through the page cache, is in nobody's account: it flatters the peers.
+
+    cpu_s_per_gib   seconds on processors, user and system, all threads of this process, for each GiB saved
+
+    python -m benchmarks.cpu [--tiny] [--dir DISK] [--out DIRECTORY] [--rounds COUNT]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine
+from .raw_disk import settle
+from .results import Options, summary, target
+from .savers import PEERS, Asyncckpt, Saver, peers
+from .workload import FULL, TINY, Workload
+
+TARGET_S_PER_GIB = 0.25
+OURS = "asyncckpt"
+SAVERS = (OURS, *PEERS)
+_GIB = 1 << 30
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure and return the document."""
+    warnings.filterwarnings("ignore", module="torch")  # as in stall.py
+    workload = Workload(TINY if options.tiny else FULL)
+    try:
+        with options.scratch(4 * workload.nbytes) as scratch:
+            return _run(options, workload, scratch)
+    finally:
+        workload.close()
+
+
+def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
+    facts = machine.describe(scratch)
+    ours = Asyncckpt(OURS, workload, scratch / "ours", workload.nbytes + (64 << 20))
+    others, cannot = peers(workload, scratch)
+    savers: list[Saver] = [ours, *others]
+    rows: list[dict[str, Any]] = []
+    try:
+        for number in range(options.rounds + 1):  # the first warms up
+            for saver in savers:
+                row = {"round": number, **_measure(workload, saver, number + 1)}
+                print(
+                    f"cpu {number}/{options.rounds} {saver.name}: {row['cpu_s_per_gib']:.3f} s per GiB, "
+                    f"contents {row['contents']}",
+                    file=sys.stderr,
+                )
+                if number:
+                    rows.append(row)
+    finally:
+        for saver in savers:
+            saver.close()
+    summaries = {
+        saver.name: _summarise([row for row in rows if row["saver"] == saver.name]) for saver in savers
+    }
+    measured = summaries[OURS]["cpu_s_per_gib"]
+    return {
+        "benchmark": "cpu",
+        "tiny": options.tiny,
+        "machine": facts,
+        "config": {"nbytes": workload.nbytes, "rounds": options.rounds},
+        "targets": [target("processor time per GiB", "checksums included", "s", TARGET_S_PER_GIB, measured)],
+        "cannot_run": cannot,
+        "summary": summaries,
+        "rows": rows,
+    }
+
+
+def _measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
+    """One save, nothing else running. Leaves no files."""
+    workload.step()
+    workload.remember()
+    settle()
+    workload.all_threads()
+    began_s, cpu_began_s = time.perf_counter(), time.process_time()
+    pending = saver.save(step)
+    pending.wait()
+    cpu_s = time.process_time() - cpu_began_s
+    workload.one_thread()
+    row = {
+        "saver": saver.name,
+        "cpu_s": cpu_s,
+        "cpu_s_per_gib": cpu_s / (workload.nbytes / _GIB),
+        "durable_s": pending.durable_at_s - began_s,
+        "contents": workload.judge(saver.load(step)),
+    }
+    saver.delete(step)
+    return row
+
+
+def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        key: summary(row[key] for row in rows) for key in ("cpu_s", "cpu_s_per_gib", "durable_s")
+    }
+    result["contents_right"] = sum(row["contents"] == "right" for row in rows)
+    result["contents_wrong"] = sorted({row["contents"] for row in rows} - {"right"})
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write cpu.json."""
+    options = Options.parse(__doc__.splitlines()[0], arguments)
+    print(options.write("cpu", run(options)))
+
+
+if __name__ == "__main__":
+    main()
