@@ -65,6 +65,13 @@ What all threads of the process spend on processors, user and system, from the c
 save's. Our checksums are in it; the peers make none. What the kernel writes back on threads of its own, for
 whoever writes through the page cache, is in nobody's account: it flatters the peers.
 """
+_HOW_EVERY_STEP = """
+**How.** In each of {rounds} rounds, after one to warm up: {steps} quiet steps; {steps} steps with a save of
+{state} after each, until the last save is durable; raw writes of as many bytes by {raw_threads} threads, one
+file for each save. *Time* is that of the steps with saves. The slower of quiet steps and raw writes is what
+could be reached at best. *Blocked* and *starved* are of one save, as `SaveReport` has them. The last save is
+compared with the state that it left, and a step from the last but one must lead to the same state.
+"""
 
 
 def page(documents: dict[str, dict[str, Any]]) -> str:
@@ -271,6 +278,36 @@ def _cpu(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def _every_step(document: dict[str, Any]) -> list[str]:
+    config = document["config"]
+    return [
+        "## Every step: training that never stops saving\n",
+        machine_line(document["machine"]),
+        _HOW_EVERY_STEP.format(
+            rounds=config["rounds"],
+            steps=config["steps"],
+            state=_bytes(config["nbytes"]),
+            raw_threads=config["raw_threads"],
+        ),
+        _table(
+            ("Saver", "Time", "x quiet steps", "x raw writes", "Blocked", "Starved", "Rounds right"),
+            (
+                (
+                    name,
+                    _spread(one["seconds"], "s"),
+                    _spread(one["x_quiet"], "x"),
+                    _spread(one["x_raw"], "x"),
+                    _spread(one["blocked_s"], "s"),
+                    _spread(one["starved_s"], "s"),
+                    _contents(one, "seconds"),
+                )
+                for name, one in document["summary"].items()
+            ),
+        ),
+        _list(f"*{name}*: {note}." for name, note in config["notes"].items()),
+    ]
+
+
 def _times(names: dict[str, str], document: dict[str, Any]) -> str:
     """Times of the same bytes, and the speeds that they come to."""
     nbytes, summaries = document["config"]["nbytes"], document["summary"]
@@ -295,8 +332,8 @@ def machine_line(facts: dict[str, Any]) -> str:
     )
 
 
-def _contents(one: dict[str, Any]) -> str:
-    text = f"{one['contents_right']} of {one['durable_s']['count']}"
+def _contents(one: dict[str, Any], key: str = "durable_s") -> str:
+    text = f"{one['contents_right']} of {one[key]['count']}"
     return f"{text}: {'; '.join(one['contents_wrong'])}" if one["contents_wrong"] else text
 
 
@@ -331,6 +368,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "ceiling": _ceiling,
     "load": _load,
     "cpu": _cpu,
+    "every_step": _every_step,
 }
 
 

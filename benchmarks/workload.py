@@ -136,6 +136,12 @@ class Workload:
         for name, tensor in self.tensors():
             self._reference[name].copy_(tensor)
 
+    def adopt(self, loaded: Mapping[str, torch.Tensor]) -> None:
+        """Go on from another state."""
+        with torch.no_grad():
+            for name, tensor in self.tensors():
+                tensor.copy_(loaded[name])
+
     def judge(self, loaded: Mapping[str, torch.Tensor]) -> str:
         """ "right" if `loaded` is what was remembered, bit for bit; else what is wrong."""
         if loaded.keys() != self._reference.keys():

@@ -81,6 +81,15 @@ def test_processor_time_is_that_of_saves_that_were_right(results: Path) -> None:
     assert document["targets"][0]["measured"] == document["summary"]["asyncckpt"]["cpu_s_per_gib"]
 
 
+def test_saves_at_each_step_are_right_and_reported(results: Path) -> None:
+    document = json.loads((results / "every_step.json").read_text())
+    for row in document["rows"]:
+        assert row["contents"] == "right"
+        assert len(row["blocked_s"]) == len(row["starved_s"]) == document["config"]["steps"]
+        assert min(row["blocked_s"]) > 0
+        assert sum(row["blocked_s"]) < row["seconds"]
+
+
 def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
     run("benchmarks.render", "--results", str(results), "--out", str(tmp_path / "page.md"))
     page = (tmp_path / "page.md").read_text()

@@ -1,0 +1,26 @@
+"""every_step.py under pytest-benchmark."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import every_step
+from benchmarks.results import Options
+
+pytestmark = [pytest.mark.timeout(3600), pytest.mark.filterwarnings("ignore")]  # as in bench_stall.py
+
+
+@pytest.fixture(scope="module")
+def document(options: Options) -> dict[str, Any]:
+    result = every_step.run(options)
+    options.write("every_step", result)
+    return result
+
+
+@pytest.mark.parametrize("what", ["seconds", "quiet_s", "raw_s"])
+def test_steps(document: dict[str, Any], replay: Any, benchmark: Any, what: str) -> None:
+    benchmark.group = "a save at each step"
+    replay(row[what] for row in document["rows"])
+    assert {row["contents"] for row in document["rows"]} == {"right"}

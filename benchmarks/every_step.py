@@ -1,0 +1,144 @@
+"""Training that saves at each step: does it run at its own pace, or at the disk's?
+
+Some steps with a save after each, until the last save is durable; beside them as many quiet steps, and as
+many bytes written raw. Whichever of the two is slower is what training could reach at best. The last save is
+compared with the state that it left; a step from what the last but one saved must lead to the same state, so
+that a save during which training went on is verified too.
+
+    x_quiet     seconds of all that, by seconds of the quiet steps
+    x_raw       the same, by seconds of the raw writes
+    blocked_s   of one save, from its SaveReport; starved_s too
+
+    python -m benchmarks.every_step [--tiny] [--dir DISK] [--out DIRECTORY] [--rounds COUNT]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine
+from .raw_disk import RAW_THREADS, RawDisk, settle
+from .results import Options, summary
+from .savers import Asyncckpt
+from .workload import FULL, TINY, Workload
+
+STEPS = 8
+_TINY_STEPS = 3
+_KEEP_LAST = 2
+_PARTS = (1, 4)  # the host memory is the state, or this part of it
+
+
+def run(options: Options) -> dict[str, Any]:
+    """Measure and return the document."""
+    workload = Workload(TINY if options.tiny else FULL)
+    try:
+        # Kept, in flight and to be deleted; for each part of the memory, and a raw file.
+        with options.scratch((6 * len(_PARTS) + 1) * workload.nbytes) as scratch:
+            return _run(options, workload, scratch)
+    finally:
+        workload.close()
+
+
+def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
+    facts = machine.describe(scratch)
+    disk = RawDisk(scratch)
+    steps = _TINY_STEPS if options.tiny else STEPS
+    savers = []
+    for part in _PARTS:
+        name = "asyncckpt" if part == 1 else f"asyncckpt, 1/{part} of the memory"
+        memory = workload.nbytes // part
+        savers.append(Asyncckpt(name, workload, scratch / f"part-{part}", memory, keep_last=_KEEP_LAST))
+    rows: list[dict[str, Any]] = []
+    try:
+        for number in range(options.rounds + 1):  # the first warms up
+            for saver in savers:
+                row = {"round": number, **_measure(workload, saver, disk, number * steps + 1, steps)}
+                print(
+                    f"every_step {number}/{options.rounds} {saver.name}: {row['seconds']:.2f} s = "
+                    f"{row['x_quiet']:.2f} quiet = {row['x_raw']:.2f} raw, contents {row['contents']}",
+                    file=sys.stderr,
+                )
+                if number:
+                    rows.append(row)
+    finally:
+        for saver in savers:
+            saver.close()
+    return {
+        "benchmark": "every_step",
+        "tiny": options.tiny,
+        "machine": facts,
+        "config": {
+            "nbytes": workload.nbytes,
+            "steps": steps,
+            "raw_threads": RAW_THREADS,
+            "rounds": options.rounds,
+            "notes": {saver.name: saver.note for saver in savers},
+        },
+        "summary": {
+            saver.name: _summarise([row for row in rows if row["saver"] == saver.name]) for saver in savers
+        },
+        "rows": rows,
+    }
+
+
+def _measure(workload: Workload, saver: Asyncckpt, disk: RawDisk, first: int, steps: int) -> dict[str, Any]:
+    """Quiet steps, steps with a save after each, raw writes of as many bytes."""
+    settle()
+    began_s = time.perf_counter()
+    for _ in range(steps):
+        workload.step()
+    quiet_s = time.perf_counter() - began_s
+    began_s = time.perf_counter()
+    pending = []
+    for step in range(first, first + steps):
+        workload.step()
+        pending.append(saver.save(step))
+    reports = [report for one in pending if (report := one.wait()) is not None]
+    seconds = time.perf_counter() - began_s
+    settle()
+    raw_s = sum(disk.direct(reports[-1].nbytes).seconds for _ in range(steps))
+    return {
+        "saver": saver.name,
+        "seconds": seconds,
+        "quiet_s": quiet_s,
+        "raw_s": raw_s,
+        "x_quiet": seconds / quiet_s,
+        "x_raw": seconds / raw_s,
+        "blocked_s": [report.blocked_s for report in reports],
+        "starved_s": [report.starved_s for report in reports],
+        "contents": _judge(workload, saver, first + steps - 1),
+    }
+
+
+def _judge(workload: Workload, saver: Asyncckpt, last: int) -> str:
+    """Whether the last two saves are right. The live state is the last one's before and after."""
+    workload.remember()
+    found = workload.judge(saver.load(last))
+    workload.adopt(saver.load(last - 1))
+    workload.step()
+    again = workload.judge(dict(workload.tensors()))
+    return found if found != "right" else again if again == "right" else f"a step before the last: {again}"
+
+
+def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = ("seconds", "quiet_s", "raw_s", "x_quiet", "x_raw")
+    result: dict[str, Any] = {key: summary(row[key] for row in rows) for key in keys}
+    for key in ("blocked_s", "starved_s"):
+        result[key] = summary(value for row in rows for value in row[key])
+    result["contents_right"] = sum(row["contents"] == "right" for row in rows)
+    result["contents_wrong"] = sorted({row["contents"] for row in rows} - {"right"})
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write every_step.json."""
+    options = Options.parse(__doc__.splitlines()[0], arguments)
+    print(options.write("every_step", run(options)))
+
+
+if __name__ == "__main__":
+    main()
