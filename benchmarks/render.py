@@ -72,6 +72,11 @@ file for each save. *Time* is that of the steps with saves. The slower of quiet 
 could be reached at best. *Blocked* and *starved* are of one save, as `SaveReport` has them. The last save is
 compared with the state that it left, and a step from the last but one must lead to the same state.
 """
+_HOW_MEMORY = """
+**How.** For each size of host memory, processes of their own ({rounds} each): training makes {state} of
+state; the kernel's high-water mark of resident memory is reset; a checkpointer is made and saves {saves}
+times while training goes on; the mark is read. *Extra* is the mark less what was resident before.
+"""
 
 
 def page(documents: dict[str, dict[str, Any]]) -> str:
@@ -308,6 +313,28 @@ def _every_step(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def _memory(document: dict[str, Any]) -> list[str]:
+    config = document["config"]
+    return [
+        "## Memory: what a save takes beside the state\n",
+        machine_line(document["machine"]),
+        _HOW_MEMORY.format(rounds=config["rounds"], saves=config["saves"], state=_bytes(config["nbytes"])),
+        *_targets(document),
+        _table(
+            ("With", "Host memory", "Extra at the peak", "Contents right"),
+            (
+                (
+                    where,
+                    _value(one["host_memory"]["median"], "bytes"),
+                    _spread(one["extra_bytes"], "bytes"),
+                    _contents(one, "extra_bytes"),
+                )
+                for where, one in document["summary"].items()
+            ),
+        ),
+    ]
+
+
 def _times(names: dict[str, str], document: dict[str, Any]) -> str:
     """Times of the same bytes, and the speeds that they come to."""
     nbytes, summaries = document["config"]["nbytes"], document["summary"]
@@ -342,6 +369,8 @@ def _bytes(count: int) -> str:
 
 
 def _value(value: float, unit: str) -> str:
+    if unit == "bytes":
+        return f"{value / (1 << 20):.1f} MiB"
     if unit == "%":
         return f"{value * 100:.0f} %"
     if unit == "x":
@@ -369,6 +398,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "load": _load,
     "cpu": _cpu,
     "every_step": _every_step,
+    "memory": _memory,
 }
 
 

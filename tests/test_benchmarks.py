@@ -90,6 +90,15 @@ def test_saves_at_each_step_are_right_and_reported(results: Path) -> None:
         assert sum(row["blocked_s"]) < row["seconds"]
 
 
+def test_memory_is_counted_for_saves_that_were_right(results: Path) -> None:
+    document = json.loads((results / "memory.json").read_text())
+    for row in document["rows"]:
+        assert row["contents"] == "right"
+        assert row["extra_bytes"] > 0
+        assert row["over_bytes"] == row["extra_bytes"] - row["host_memory"]
+    assert len(document["targets"]) == len(document["summary"])
+
+
 def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
     run("benchmarks.render", "--results", str(results), "--out", str(tmp_path / "page.md"))
     page = (tmp_path / "page.md").read_text()
