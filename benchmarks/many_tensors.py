@@ -49,9 +49,9 @@ FULL = (  # 64 MiB each
     Scale(Size(weights=12_500, rows=8, columns=56, compute_s=0.05), target_s=0.060),
 )
 TINY = (
-    Scale(Size(weights=4, rows=64, columns=64, compute_s=0.005), target_s=0.005),
-    Scale(Size(weights=32, rows=8, columns=64, compute_s=0.005), target_s=0.010),
-    Scale(Size(weights=64, rows=8, columns=32, compute_s=0.005), target_s=0.060),
+    Scale(Size(weights=2, rows=64, columns=64, compute_s=0.005), target_s=0.005),
+    Scale(Size(weights=8, rows=8, columns=64, compute_s=0.005), target_s=0.010),
+    Scale(Size(weights=16, rows=8, columns=32, compute_s=0.005), target_s=0.060),
 )
 
 

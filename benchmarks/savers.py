@@ -16,6 +16,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from asyncckpt import AsyncCheckpointer, Resume, SaveHandle, SaveReport
 
@@ -242,6 +243,37 @@ class DcpAsyncSave:
         return self._directory / f"step-{step}"
 
 
+class DcpSave:
+    """torch.distributed.checkpoint.save: durable when it returns."""
+
+    note = "blocked until durable"
+
+    def __init__(self, name: str, workload: Workload, directory: Path) -> None:
+        self.name = name
+        self._workload = workload
+        self._directory = directory
+
+    def save(self, step: int) -> Pending:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this is a single process
+            dcp_save(self._workload.tree(), storage_writer=FileSystemWriter(self._path(step)))
+        durable: Future[None] = Future()
+        durable.set_result(None)
+        return _FuturePending(durable)
+
+    def load(self, step: int) -> dict[str, torch.Tensor]:
+        return DcpReader(self._workload).read(self._path(step))
+
+    def delete(self, step: int) -> None:
+        shutil.rmtree(self._path(step))
+
+    def close(self) -> None:
+        pass
+
+    def _path(self, step: int) -> Path:
+        return self._directory / f"step-{step}"
+
+
 class DcpReader:
     """Stock dcp.load into tensors that are not training's."""
 
@@ -323,6 +355,7 @@ def _pinned(name: str, workload: Workload, directory: Path) -> Saver:
 
 PEERS: dict[str, Callable[[str, Workload, Path], Saver]] = {
     "torch.save": TorchSave,
+    "dcp.save": DcpSave,
     "dcp.async_save": DcpAsyncSave,
     "dcp.async_save, warm": _warm,
     "dcp.async_save, pinned": _pinned,

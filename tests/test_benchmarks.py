@@ -37,14 +37,14 @@ def test_stall_verifies_every_save_of_ours_and_of_the_peers(results: Path) -> No
     assert document["tiny"]
     rounds, rows = document["config"]["rounds"], document["rows"]
     assert len(rows) == rounds * len(document["summary"])
-    for name in ("asyncckpt", "asyncckpt, small arena", "torch.save"):
+    for name in ("asyncckpt", "asyncckpt, small arena", "torch.save", "dcp.save"):
         ours = [row for row in rows if row["saver"] == name]
         assert [row["contents"] for row in ours] == ["right"] * rounds
     for row in rows:
         assert row["raw"]["nbytes"] >= document["config"]["nbytes"]
         assert row["blocked_s"] == row["call_s"] + row["fence_s"]
         assert 0 < row["call_s"] < row["durable_s"] + 1e-3
-    assert len(document["summary"]) + len(document["cannot_run"]) == 6
+    assert len(document["summary"]) + len(document["cannot_run"]) == 7
 
 
 def test_what_is_reported_as_blocked_is_what_was_measured_from_outside(results: Path) -> None:
