@@ -57,7 +57,7 @@ from .plan import Planned
 from .planners import planner_for
 from .ranks import member_of, ranks_of
 from .snapshot import Stager
-from .state import Look, TrainingState, named_models
+from .state import NOTHING, Look, TrainingState, named_models
 from .tree import StateTree
 
 _log = logging.getLogger(__name__)
@@ -414,7 +414,7 @@ class AsyncCheckpointer:
 
     def _capture(self, save: Save) -> tuple[Captured, Planned, Reserve]:
         """What is saved, and its plan: the last one, if what training changes in place is what it was."""
-        look = self._state.look()
+        look = self._state.look() if self._planner.remembers else NOTHING
         is_known = look.steady is not None and self._planner.knows(look.steady.structure)
         tree = self._state.capture(save.step, look, whole=not is_known)
         save.report.state_dict_s = dict(self._state.capture_s)

@@ -158,9 +158,15 @@ class Planned:
 
 
 class Planner(Protocol):
-    """Plans saves of one layout; remembers the last plan."""
+    """Plans saves of one layout; remembers the last plan.
+
+    Attributes:
+        plans_made: how often one had to be made.
+        remembers: whether `plan_again` may ever serve.
+    """
 
     plans_made: int
+    remembers: bool
 
     def plan(self, tree: Mapping[str, Any]) -> Planned:
         """Raises LeafError naming a leaf that cannot be saved."""
@@ -181,6 +187,8 @@ def span_nbytes(tensor: torch.Tensor) -> int:
 
 class PlanCache:
     """The last plan, and whether it serves again."""
+
+    remembers = False
 
     def __init__(self) -> None:
         self.plans_made = 0

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,9 +60,12 @@ class Look(NamedTuple):
         steady: None if they cannot be told from what they were before.
     """
 
-    seconds: dict[str, float]
-    branches: dict[str, SteadyBranch]
-    steady: Steady | None
+    seconds: Mapping[str, float] = MappingProxyType({})
+    branches: Mapping[str, SteadyBranch] = MappingProxyType({})
+    steady: Steady | None = None
+
+
+NOTHING = Look()
 
 
 class TrainingState:
@@ -173,26 +177,25 @@ class TrainingState:
         self._structure = Structure(tuple(prefix + one for prefix, names in named for one in names), forms)
         return self._structure
 
-    def capture(self, step: int, look: Look | None = None, *, whole: bool = True) -> StateTree:
+    def capture(self, step: int, look: Look = NOTHING, *, whole: bool = True) -> StateTree:
         """The tree at this moment. Tensors are the live ones, or aliases of them.
 
         Args:
-            look: at this moment.
+            look: at the same moment.
             whole: with the steady tensors in it.
         """
         tree = StateTree()
-        tree.steady = look.steady if look is not None else None
-        tree.is_whole = whole or look is None
-        if tree.is_whole and "model" in self.models:
+        tree.steady, tree.is_whole = look.steady, whole
+        if whole and "model" in self.models:
             tree.parameters = self.models["model"].parameters()
         tree.write_only = frozenset(self.sections).difference(self.restored())
         for name, section in self.sections.items():
             began_s = time.perf_counter()
-            if tree.is_whole or look is None or name not in look.branches:
+            if whole or name not in look.branches:
                 tree[name] = section.capture()
             elif rest := look.branches[name].rest():  # an empty branch would be a leaf
                 tree[name] = rest
-            self.capture_s[name] = time.perf_counter() - began_s + (look.seconds[name] if look else 0)
+            self.capture_s[name] = time.perf_counter() - began_s + look.seconds.get(name, 0)
         tree["step"] = step
         return tree
 
@@ -215,15 +218,14 @@ class TrainingState:
         found = (section.model for section in self.models.values())
         return [model for model in found if isinstance(model, torch.nn.Module)]
 
-    def buffers(self, look: Look | None = None) -> set[int]:
+    def buffers(self, look: Look = NOTHING) -> set[int]:
         """Addresses of what forwards may change."""
         found: set[int] = set()
         for name, section in self.models.items():
-            branch = look.branches.get(name) if look is not None else None
-            if branch is None:
-                found |= section.buffers()
+            if name in look.branches:
+                found |= {local_of(buffer).data_ptr() for buffer in look.branches[name].volatile}
             else:
-                found |= {local_of(buffer).data_ptr() for buffer in branch.volatile}
+                found |= section.buffers()
         return found
 
     def shared_paths(self) -> tuple[str, ...]:

@@ -154,6 +154,7 @@ class DcpPlanner(PlanCache):
         self._is_first = rank == min(here or (0,))
         self._alone = world_size == 1
         self._arrangement = arrangement
+        self.remembers = arrangement is None  # else there is a file of weights, which wants all of them
         self._blocks = Blocks(world_size)
         self._known_sharing: dict[Holders, Holders] = {}
         self._sources: list[_Source] = []
@@ -223,7 +224,7 @@ class DcpPlanner(PlanCache):
     ) -> _Remembered | None:
         """What `plan_again` needs of a save; None if it cannot serve."""
         steady = tree.steady if isinstance(tree, StateTree) else None
-        if steady is None or self._arrangement is not None:
+        if steady is None or not self.remembers:
             return None
         number = {name: index for index, name in enumerate(steady.structure.names)}
         loose = [leaf for leaf in leaves if leaf.name not in number]
