@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -116,6 +116,15 @@ class Keyed:
     value: Any
 
 
+# Values that hold no others. A list of thousands of names, or of numbers, is not gone through one by one.
+_ATOMS = frozenset((str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device))
+
+
+def _grown(values: Iterable[Any]) -> list[Any]:
+    """Those that may hold others."""
+    return [value for value in values if type(value) not in _ATOMS]
+
+
 def flatten(tree: Mapping[str, Any]) -> list[Leaf]:
     """The leaves of a tree, in its order.
 
@@ -151,7 +160,7 @@ def _is_branch(value: Any) -> bool:
     if type(value) in (dict, OrderedDict):  # others mean more than their items
         return bool(value) and all(type(key) is str for key in value)
     if type(value) is list:
-        return any(isinstance(item, torch.Tensor) or _is_branch(item) for item in value)
+        return any(isinstance(item, torch.Tensor) or _is_branch(item) for item in _grown(value))
     return False
 
 
@@ -194,7 +203,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             rest.append(value.value)
         elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
             seen.add(id(value))
-            rest += reversed(list(value.values()) if isinstance(value, Mapping) else value)
+            rest += reversed(_grown(value.values() if isinstance(value, Mapping) else value))
 
 
 def named_tensors_in(leaf: Leaf) -> Iterator[tuple[str, torch.Tensor]]:
@@ -202,7 +211,7 @@ def named_tensors_in(leaf: Leaf) -> Iterator[tuple[str, torch.Tensor]]:
     if isinstance(leaf.value, torch.Tensor):
         yield leaf.name, leaf.value
         return
-    for value in leaf.value if isinstance(leaf.value, list) else [leaf.value]:
+    for value in _grown(leaf.value if isinstance(leaf.value, list) else [leaf.value]):
         name = value.path if isinstance(value, SharedFile) else leaf.name
         yield from ((name, tensor) for tensor in tensors_in(value))
 
@@ -239,17 +248,17 @@ class _Rebuilding:
             copy = value.copy()
             seen[id(value)] = copy
             for key, child in value.items():
-                copy[key] = visit(child)
+                copy[key] = child if type(child) in _ATOMS else visit(child)
             return copy
         if isinstance(value, list):
             copy = value.copy()
             seen[id(value)] = copy
-            copy[:] = [visit(child) for child in value]
+            copy[:] = [child if type(child) in _ATOMS else visit(child) for child in value]
             return copy
         if isinstance(value, torch.Size):
             return value
         if isinstance(value, tuple):
-            children = [visit(child) for child in value]
+            children = [child if type(child) in _ATOMS else visit(child) for child in value]
             if all(new is old for new, old in zip(children, value, strict=True)):
                 return value
             copy = tuple.__new__(type(value), children)  # whatever its own constructor asks for
@@ -267,7 +276,6 @@ class _Rebuilding:
         return value
 
 
-_ATOMS = {str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device}
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
