@@ -6,6 +6,7 @@ Over the driver double. `torch` here knows no CUDA; see `fake_cuda` for what is 
 from __future__ import annotations
 
 import logging
+import pickle
 import subprocess
 import sys
 import threading
@@ -318,7 +319,11 @@ def test_tensors_are_held_until_their_bytes_are_copied(world: FakeCuda, tmp_path
             world.synchronize()
         handle.wait()
         del thief
-    assert torch.equal(stored(tmp_path, "dcp", 2)["model.big"], expected) is held
+    try:
+        whole = torch.equal(stored(tmp_path, "dcp", 2)["model.big"], expected)
+    except (pickle.UnpicklingError, EOFError, RuntimeError):  # what names the bytes was let go of, too
+        whole = False
+    assert whole is held
 
 
 def test_the_host_is_not_blocked_by_memory_it_does_not_hold(world: FakeCuda, tmp_path: Path) -> None:
