@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from . import devices
@@ -154,7 +155,8 @@ class Planned:
 
     def used_devices(self) -> list[int]:
         """Ordinals of the devices that any source is on."""
-        return sorted({*self.devices.tolist()} - {devices.HOST})
+        elsewhere = self.devices[self.devices != devices.HOST]
+        return sorted({*elsewhere.tolist()})
 
 
 class Planner(Protocol):
@@ -275,6 +277,15 @@ def planned_with(
         replanned,
         shared_crcs,
     )
+
+
+def are_tied_alike(at: npt.NDArray[np.uint64], first: npt.NDArray[np.int64]) -> bool:
+    """Whether tensors at these addresses are tied to the same ones; empty ones, at no address, to none."""
+    if not np.array_equal(at[first], at):
+        return False
+    apart = at[np.unique(first)]
+    apart = apart[apart != 0]
+    return len(np.unique(apart)) == len(apart)
 
 
 def number_storages(names: list[str], written: list[tuple[str, Pickled]]) -> list[list[tuple[int, int]]]:

@@ -25,7 +25,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from .devices import devices_of
@@ -47,7 +46,7 @@ from .sections.optimizer import OptimizerSection
 from .sections.values import ValueSection
 from .shards import local_of
 from .shared import SHARED_BRANCH
-from .survey import NotSurveyedError, survey
+from .survey import NotSurveyedError, is_among, survey
 from .tree import Matching, StateTree, Steady, Structure
 
 
@@ -160,8 +159,8 @@ class TrainingState:
             found_all = survey(tensors, forms=True)
         except NotSurveyedError:
             return Look(looked_s, branches, None)
-        volatile = {local_of(one).data_ptr() for branch in branches.values() for one in branch.volatile} - {0}
-        if volatile and np.isin(found_all.addresses, np.array([*volatile], dtype=np.uint64)).any():
+        volatile = {local_of(one).data_ptr() for branch in branches.values() for one in branch.volatile}
+        if is_among(volatile, found_all.addresses):
             return Look(looked_s, branches, None)  # a parameter that is a buffer, too
         return Look(
             looked_s, branches, Steady(self._structure_of(parts, found_all.forms), tensors, found_all)

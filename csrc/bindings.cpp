@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -234,6 +235,20 @@ void append_form(PyObject* object, const dlpack::Tensor& tensor, std::vector<int
 }
 
 // Calls nothing that runs Python code, so the list stays as it is.
+// What is looked at next is on its way from memory meanwhile: a tensor, and what its first word points to.
+void prefetch(nb::list objects, size_t index) {
+  constexpr size_t kAhead = 8, kLine = 64, kBody = 4 * kLine;
+  if (index + 2 * kAhead < objects.size())
+    __builtin_prefetch(PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(index + 2 * kAhead)));
+  if (index + kAhead >= objects.size()) return;
+  PyObject* const object = PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(index + kAhead));
+  if (Py_TYPE(object)->tp_basicsize < static_cast<Py_ssize_t>(sizeof(PyObject) + sizeof(char*)))
+    return;
+  const char* body = nullptr;
+  std::memcpy(&body, object + 1, sizeof(body));
+  for (size_t at = 0; at < kBody; at += kLine) __builtin_prefetch(body + at);
+}
+
 nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool with_forms) {
   const dlpack::ExchangeApi* const api = exchange_api(capsule);
   if (api == nullptr || api->tensor_from_object == nullptr) return nb::none();
@@ -248,6 +263,7 @@ nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool wi
     const auto* kind = reinterpret_cast<const PyObject*>(Py_TYPE(tensor));
     if (std::find(known.begin(), known.end(), kind) == known.end())
       throw nb::type_error("not one of these kinds of tensors");
+    prefetch(tensors, i);
     dlpack::Tensor seen;
     if (api->tensor_from_object(tensor, &seen) != 0) throw nb::python_error();
     if (with_forms) append_form(tensor, seen, &forms);

@@ -1,7 +1,7 @@
 """A save that takes what is steady at once writes what a save that asks for every tensor would have written.
 
 Each change is made between two saves of one checkpointer; what it writes is compared, byte for byte, with
-what a checkpointer writes that has never seen the state before.
+what a checkpointer writes that has never seen the state before, and with the state.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from asyncckpt import AsyncCheckpointer
 from asyncckpt.errors import TornStateError
 from asyncckpt.plan import Planned
 from asyncckpt.planners.dcp import DcpPlanner
+from asyncckpt.planners.megatron import MegatronPlanner
 from asyncckpt.sections.walk import Walker
 from asyncckpt.tree import StateTree
 
@@ -61,23 +63,32 @@ class State:
             optimizer.step()
             optimizer.zero_grad()
 
-    def checkpointer(self, root: Path, *, with_optimizers: bool = True) -> AsyncCheckpointer:
+    def checkpointer(
+        self, root: Path, layout: str = "dcp", *, with_optimizers: bool = True
+    ) -> AsyncCheckpointer:
         optimizer = self.optimizers if with_optimizers else None
-        return AsyncCheckpointer(root, model=self.model, optimizer=optimizer, extra=self.extra)
+        return AsyncCheckpointer(root, model=self.model, optimizer=optimizer, extra=self.extra, layout=layout)
+
+
+@pytest.fixture(params=["dcp", "megatron"])
+def layout(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
 @pytest.fixture
 def again(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each save that tried the last plan again, whether it served."""
     served: list[bool] = []
-    original = DcpPlanner.plan_again
+    for kind in (DcpPlanner, MegatronPlanner):
+        original: Any = kind.plan_again
 
-    def noted(planner: DcpPlanner, tree: StateTree) -> Planned | None:
-        planned = original(planner, tree)
-        served.append(planned is not None)
-        return planned
+        def noted(planner: Any, tree: StateTree, original: Any = original) -> Planned | None:
+            planned: Planned | None = original(planner, tree)
+            served.append(planned is not None)
+            return planned
 
-    monkeypatch.setattr(DcpPlanner, "plan_again", noted)
+        monkeypatch.setattr(kind, "plan_again", noted)
     return served
 
 
@@ -92,14 +103,30 @@ def contents(directory: Path) -> dict[str, bytes]:
 STEPS = itertools.count(1)
 
 
-def compare(state: State, checkpointer: AsyncCheckpointer, root: Path, fresh: Path, **options: bool) -> None:
+STEP_NAMES = {"dcp": "step-{}", "megatron": "iter_{:07d}"}
+FILES = {"dcp": {".metadata", "__0_0.distcp"}, "megatron": {"mp_rank_00/model_optim_rng.pt"}}
+
+
+def compare(
+    state: State, checkpointer: AsyncCheckpointer, root: Path, fresh: Path, layout: str, **options: bool
+) -> None:
     """What `checkpointer` writes now, and what one writes that knows nothing."""
     step = next(STEPS)
     checkpointer.save(step).wait()
-    with state.checkpointer(fresh, **options) as other:
+    with state.checkpointer(fresh, layout, **options) as other:
         other.save(step).wait()
-    ours, theirs = contents(root / f"step-{step}"), contents(fresh / f"step-{step}")
-    assert ours.keys() == theirs.keys() >= {".metadata", "__0_0.distcp"}
+    name = STEP_NAMES[layout].format(step)
+    ours, theirs = contents(root / name), contents(fresh / name)
+    assert ours.keys() == theirs.keys() >= FILES[layout]
+    if layout == "megatron":
+        path = root / name / "mp_rank_00/model_optim_rng.pt"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that storages are typed
+            stored = torch.load(path, weights_only=False)["model"]
+        for key, value in state.model.state_dict().items():
+            assert (
+                torch.equal(stored[key], value) if isinstance(value, torch.Tensor) else stored[key] == value
+            )
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
 
@@ -278,40 +305,40 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", sorted(CHANGES, key=lambda one: one.__name__))
 def test_a_change_between_two_saves(
-    tmp_path: Path, change: Callable[[State], None], again: list[bool]
+    tmp_path: Path, layout: str, change: Callable[[State], None], again: list[bool]
 ) -> None:
     state = State()
     root, fresh = tmp_path / "ours", tmp_path / "fresh"
     options = {"with_optimizers": change not in RENAMING}
-    with state.checkpointer(root, **options) as checkpointer:
+    with state.checkpointer(root, layout, **options) as checkpointer:
         for _ in range(3):
-            compare(state, checkpointer, root, fresh, **options)
+            compare(state, checkpointer, root, fresh, layout, **options)
         assert again == [True, True]
         change(state)
-        compare(state, checkpointer, root, fresh, **options)
+        compare(state, checkpointer, root, fresh, layout, **options)
         assert (again == [True, True, True]) == (change in SERVED)
         for _ in range(2):
-            compare(state, checkpointer, root, fresh, **options)
+            compare(state, checkpointer, root, fresh, layout, **options)
 
 
-def test_a_pickle_that_outgrows_its_slot(tmp_path: Path, again: list[bool]) -> None:
+def test_a_pickle_that_outgrows_its_slot(tmp_path: Path, layout: str, again: list[bool]) -> None:
     state = State()
-    with state.checkpointer(tmp_path) as checkpointer:
+    with state.checkpointer(tmp_path, layout) as checkpointer:
         for step, length in enumerate((1, 1, 5000, 5000), 1):
             state.extra["values"] = list(range(length))
             checkpointer.save(step).wait()
             state.train()
         assert again == [True, False, True]
     loaded = State()
-    with loaded.checkpointer(tmp_path) as checkpointer:
+    with loaded.checkpointer(tmp_path, layout) as checkpointer:
         checkpointer.load(4)
     assert loaded.extra["values"] == list(range(5000))
 
 
-def test_nothing_is_held_between_saves(tmp_path: Path) -> None:
+def test_nothing_is_held_between_saves(tmp_path: Path, layout: str) -> None:
     """Who offloads needs the memory."""
     state = State()
-    with state.checkpointer(tmp_path) as checkpointer:
+    with state.checkpointer(tmp_path, layout) as checkpointer:
         for step in range(1, 4):
             checkpointer.save(step).wait()
             checkpointer.fence()
@@ -324,9 +351,11 @@ def test_nothing_is_held_between_saves(tmp_path: Path) -> None:
         assert [one() for one in gone] == [None] * len(gone)
 
 
-def test_what_is_written_to_before_it_was_copied_is_named(tmp_path: Path, again: list[bool]) -> None:
+def test_what_is_written_to_before_it_was_copied_is_named(
+    tmp_path: Path, layout: str, again: list[bool]
+) -> None:
     state = State()
-    with state.checkpointer(tmp_path) as checkpointer:
+    with state.checkpointer(tmp_path, layout) as checkpointer:
         checkpointer.save(1).wait()
         for name, tensor in (
             ("model.1.linear.weight", state.model[1].linear.weight),

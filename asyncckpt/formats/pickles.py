@@ -61,7 +61,7 @@ def pickle_tree(tree: Any, *, where: str) -> Pickled:
             The message names it.
     """
     sink = io.BytesIO()
-    pickler = _TreePickler(sink)
+    pickler = TreePickler(sink)
     try:
         pickler.dump(tree)
     except Exception as error:  # a leaf's own code may raise anything
@@ -99,9 +99,16 @@ def _kind_of(cls: type) -> int:
     return _TENSOR if issubclass(cls, torch.Tensor) else _PLAIN
 
 
-class _TreePickler(pickle.Pickler):
-    def __init__(self, sink: io.BytesIO) -> None:
+class TreePickler(pickle.Pickler):
+    """Pickles as torch.save does; several values too, one by one.
+
+    Args:
+        key: of the first storage that is met.
+    """
+
+    def __init__(self, sink: io.BytesIO, key: int = 0) -> None:
         super().__init__(sink, protocol=_PROTOCOL)
+        self._first_key = key
         self.storages: list[torch.UntypedStorage] = []
         self.elsewhere: list[Elsewhere] = []
         self.tensors: dict[int, torch.Tensor] = {}
@@ -148,7 +155,7 @@ class _TreePickler(pickle.Pickler):
     def _elsewhere_id(self, view: TypedView, storage: Elsewhere) -> tuple[str, type, str, str, int]:
         key = self._keys.get(id(storage))
         if key is None:
-            key = self._keys[id(storage)] = str(len(self._keys))
+            key = self._keys[id(storage)] = str(self._first_key + len(self._keys))
             self.elsewhere.append(storage)
         return ("storage", view.kind, key, "cpu", view.elements)
 
@@ -161,7 +168,7 @@ class _TreePickler(pickle.Pickler):
             raise _DtypeConflictError(data_ptr)
         key = self._keys.get(storage._cdata)
         if key is None:
-            key = self._keys[storage._cdata] = str(len(self._keys))
+            key = self._keys[storage._cdata] = str(self._first_key + len(self._keys))
             self.storages.append(storage)
         if fake_device is not None:
             location = str(fake_device)
@@ -228,7 +235,7 @@ def _blame(tree: Any, where: str, error: Exception) -> str:
 def _first_failing(parent: Any) -> tuple[str, Any, Exception] | None:
     for step, child in _parts(parent):
         try:
-            _TreePickler(io.BytesIO()).dump(child)
+            TreePickler(io.BytesIO()).dump(child)
         except Exception as error:  # noqa: BLE001 - a leaf's own code may raise anything
             return step, child, error
     return None

@@ -32,6 +32,7 @@ from ..plan import (
     SharedPart,
     Spans,
     WritePlan,
+    are_tied_alike,
     inert_in,
     number_storages,
     planned_with,
@@ -201,7 +202,7 @@ class DcpPlanner(PlanCache):
         if seen.signature != last.signature or not plan.takes([pickled for _, pickled in seen.written]):
             return None
         at = steady.survey.addresses
-        if not np.array_equal(at, last.at) and not _are_tied_alike(at, last.first):
+        if not np.array_equal(at, last.at) and not are_tied_alike(at, last.first):
             return None
         loose = Spans.of(
             [
@@ -453,15 +454,6 @@ class DcpPlanner(PlanCache):
             return leaf
         path = self._arrangement.stored_path(leaf.path)
         return Leaf(".".join(map(str, path)), path, leaf.value)
-
-
-def _are_tied_alike(at: npt.NDArray[np.uint64], first: npt.NDArray[np.int64]) -> bool:
-    """Whether tensors at these addresses are tied to the same ones; empty ones, at no address, to none."""
-    if not np.array_equal(at[first], at):
-        return False
-    apart = at[np.unique(first)]
-    apart = apart[apart != 0]
-    return len(np.unique(apart)) == len(apart)
 
 
 def _comparable(leaf: Leaf, pickled: Pickled) -> int:
