@@ -163,9 +163,13 @@ def crc32_portable(data: bytes, crc: int = 0) -> int: ...
 def crc32_combine(crc_a: int, crc_b: int, nbytes_b: int) -> int: ...
 def crc32_kernel() -> str: ...
 def survey(
-    tensors: list[torch.Tensor], kinds: tuple[type, ...], exchange_api: object, forms: bool = False
-) -> tuple[_UInt64, _Int64, bytes] | None:
-    """Addresses and `_version` of tensors of exactly these types, and what they are if `forms` is asked for.
+    tensors: list[torch.Tensor],
+    kinds: tuple[type, ...],
+    exchange_api: object,
+    forms: bool = False,
+    storages: bool = False,
+) -> tuple[_UInt64, _Int64, bytes, list[torch.UntypedStorage]] | None:
+    """Addresses and `_version` of tensors of exactly these types; if asked for, what they are, and storages.
 
     Args:
         exchange_api: what the types have as `__dlpack_c_exchange_api__`; None comes back if it is of another

@@ -61,7 +61,7 @@ class Guard:
             self._watches.append(_AtOnce(steady.structure.names, steady.tensors, steady.survey))
         try:
             tensors = [tensor for _, tensor in plain]
-            self._watches.append(_AtOnce([name for name, _ in plain], tensors, survey(tensors)))
+            self._watches.append(_AtOnce([name for name, _ in plain], tensors, survey(tensors, storages=True)))
             self._watches.append(_OneByOne([named for named in live if type(named[1]) not in PLAIN]))
         except NotSurveyedError:
             self._watches.append(_OneByOne(live))
@@ -81,17 +81,15 @@ class Guard:
 
 
 class _AtOnce:
-    """Watches plain tensors, thousands in a millisecond. It holds the storages, so that memory stays when
-    `tensor.data` is pointed elsewhere."""
+    """Watches plain tensors, thousands in a millisecond, and holds their storages."""
 
     def __init__(self, names: Sequence[str], tensors: list[torch.Tensor], now: Survey) -> None:
-        storages = list(map(torch.Tensor.untyped_storage, tensors))
-        self._watched = names, tensors, now.addresses, now.versions, storages
+        self._watched = names, tensors, now.addresses, now.versions, now.storages
 
     def changed(self) -> str | None:
         names, tensors, addresses, versions, storages = self._watched
         try:
-            addresses_now, versions_now, _ = survey(tensors)
+            addresses_now, versions_now, *_ = survey(tensors)
         except NotSurveyedError:  # one was pointed to memory of another kind
             versions_now = np.array([_version(tensor) for tensor in tensors], dtype=np.int64)
             addresses_now = np.zeros_like(addresses)

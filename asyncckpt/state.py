@@ -156,7 +156,7 @@ class TrainingState:
         parts = [(f"{name}.{part.prefix}", part) for name, one in branches.items() for part in one.parts]
         tensors = [tensor for _, part in parts for tensor in part.tensors]
         try:
-            found_all = survey(tensors, forms=True)
+            found_all = survey(tensors, forms=True, storages=True)
         except NotSurveyedError:
             return Look(looked_s, branches, None)
         volatile = {local_of(one).data_ptr() for branch in branches.values() for one in branch.volatile}

@@ -33,19 +33,22 @@ class Survey(NamedTuple):
         addresses: uint64, of the first element.
         versions: int64, `_version`.
         forms: device, dtype and shape of all of them; equal bytes, equal forms. Empty unless asked for.
+        storages: so that memory stays when `tensor.data` is pointed elsewhere. Empty unless asked for.
     """
 
     addresses: npt.NDArray[np.uint64]
     versions: npt.NDArray[np.int64]
     forms: bytes
+    storages: list[torch.UntypedStorage]
 
 
-def survey(tensors: Sequence[torch.Tensor], *, forms: bool = False) -> Survey:
+def survey(tensors: Sequence[torch.Tensor], *, forms: bool = False, storages: bool = False) -> Survey:
     """Look at plain tensors.
 
     Args:
         forms: also say what they are. All must be dense then: contiguous, not complex, and no negation of
             what is in memory.
+        storages: hold them.
 
     Raises:
         NotSurveyedError: see there.
@@ -53,7 +56,7 @@ def survey(tensors: Sequence[torch.Tensor], *, forms: bool = False) -> Survey:
     if _EXCHANGE_API is None:
         raise NotSurveyedError
     try:
-        found = _native.survey(list(tensors), PLAIN, _EXCHANGE_API, forms)
+        found = _native.survey(list(tensors), PLAIN, _EXCHANGE_API, forms, storages)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         raise NotSurveyedError from error
     if found is None:

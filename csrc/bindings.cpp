@@ -249,7 +249,9 @@ void prefetch(nb::list objects, size_t index) {
   for (size_t at = 0; at < kBody; at += kLine) __builtin_prefetch(body + at);
 }
 
-nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool with_forms) {
+nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool with_forms,
+                  bool with_storages) {
+  static PyObject* const untyped_storage = PyUnicode_InternFromString("untyped_storage");
   const dlpack::ExchangeApi* const api = exchange_api(capsule);
   if (api == nullptr || api->tensor_from_object == nullptr) return nb::none();
   std::vector<const PyObject*> known;
@@ -258,6 +260,7 @@ nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool wi
   auto addresses = std::make_unique<uint64_t[]>(count);
   auto versions = std::make_unique<int64_t[]>(count);
   std::vector<int64_t> forms;
+  nb::list storages;
   for (size_t i = 0; i < count; ++i) {
     PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
     const auto* kind = reinterpret_cast<const PyObject*>(Py_TYPE(tensor));
@@ -269,9 +272,14 @@ nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool wi
     if (with_forms) append_form(tensor, seen, &forms);
     addresses[i] = reinterpret_cast<uintptr_t>(seen.data) + seen.byte_offset;
     versions[i] = version_of(tensor);
+    if (with_storages) {
+      const nb::object storage = nb::steal(PyObject_CallMethodNoArgs(tensor, untyped_storage));
+      if (!storage.is_valid()) throw nb::python_error();
+      storages.append(storage);
+    }
   }
   return nb::make_tuple(as_array(std::move(addresses), count), as_array(std::move(versions), count),
-                        nb::bytes(forms.data(), forms.size() * sizeof(int64_t)));
+                        nb::bytes(forms.data(), forms.size() * sizeof(int64_t)), storages);
 }
 
 // A reading that began before it was known where the bytes go. In a forked child it is left alone: there
@@ -502,7 +510,8 @@ NB_MODULE(_native, m) {
   m.def("crc32_combine", &crc32_combine, "crc_a"_a, "crc_b"_a, "nbytes_b"_a);
   m.def("crc32_kernel", &crc32_kernel);
   m.def("copy_is_checked", &copy_is_checked);
-  m.def("survey", &survey, "tensors"_a, "kinds"_a, "exchange_api"_a, "forms"_a = false);
+  m.def("survey", &survey, "tensors"_a, "kinds"_a, "exchange_api"_a, "forms"_a = false,
+        "storages"_a = false);
 
   nb::module_ f = m.def_submodule("faults", "Faults on demand, for tests.");
   nb::enum_<faults::Op>(f, "Op")
