@@ -61,7 +61,9 @@ class Guard:
             self._watches.append(_AtOnce(steady.structure.names, steady.tensors, steady.survey))
         try:
             tensors = [tensor for _, tensor in plain]
-            self._watches.append(_AtOnce([name for name, _ in plain], tensors, survey(tensors, storages=True)))
+            self._watches.append(
+                _AtOnce([name for name, _ in plain], tensors, survey(tensors, storages=True))
+            )
             self._watches.append(_OneByOne([named for named in live if type(named[1]) not in PLAIN]))
         except NotSurveyedError:
             self._watches.append(_OneByOne(live))

@@ -115,11 +115,7 @@ def lay_out_tensor(builder: ImageBuilder, spec: ItemSpec, source: int) -> Span:
     start = builder.offset
     builder.literal(item.head)
     record = builder.record(source, spec.span_nbytes)
-    first, *rest = item.tail
-    builder.literal(first)
-    for piece in rest:
-        builder.crc_of(record)
-        builder.literal(piece)
+    builder.literal(item.tail, record, item.crcs)
     return Span(start, builder.offset - start)
 
 
@@ -136,10 +132,12 @@ def lay_out_bytes(
 
 
 class _Item(NamedTuple):
-    """The literal bytes of a tensor item: `tail` is cut where the CRC of its record belongs."""
+    """The literal bytes of a tensor item before and after its record, whose CRC belongs at these offsets in
+    the tail."""
 
     head: bytes
-    tail: tuple[bytes, ...]
+    tail: bytes
+    crcs: tuple[int, ...]
 
 
 @lru_cache(maxsize=8192)  # models repeat a few shapes over and over
@@ -150,12 +148,10 @@ def _item(
     data = _tensor_pickle(dtype, shape, stride, span_nbytes, conj, neg)
     torch_zip.lay_out(builder, _STEM, data, [(0, span_nbytes)])
     image = builder.build()
-    cuts = [offset - span_nbytes for offset, _ in image.fixups.tolist()]  # where they fall in the literals
     head_nbytes = int(image.extents[0, 1]) if span_nbytes else 0
-    begins = [head_nbytes, *(cut + 4 for cut in cuts)]
-    ends = [*cuts, len(image.literals)]
-    tail = tuple(image.literals[begin:end] for begin, end in zip(begins, ends, strict=True))
-    return _Item(image.literals[:head_nbytes], tail)
+    tail_offset = head_nbytes + span_nbytes
+    crcs = tuple(offset - tail_offset for offset, _ in image.fixups.tolist())
+    return _Item(image.literals[:head_nbytes], image.literals[head_nbytes:], crcs)
 
 
 def _tensor_pickle(
@@ -289,11 +285,11 @@ class _Description:
 
     def to_bytes(self, paths: Mapping[str, tuple[PathStep, ...]]) -> bytes:
         out = self._out
+        like = self._dcp.TensorStorageMetadata(None, None, None)
+        begin, size, chunks, end = out.template(like, "properties", "size", "chunks")
         for fqn, (properties, shape) in self._tensors.items():
-            like = self._dcp.TensorStorageMetadata(None, None, None)
-            chunks = out.sequence(self._chunks[fqn])
-            self._described[fqn] = out.instance(
-                like, properties=properties, size=self._size_of(shape), chunks=chunks
+            self._described[fqn] = b"".join(
+                (begin, properties, size, self._size_of(shape), chunks, out.sequence(self._chunks[fqn]), end)
             )
         storage = self._dcp.StorageMeta(save_id=self._save_id)
         whole = self._dcp.Metadata({}, None, None, storage)

@@ -81,10 +81,12 @@ class ImageBuilder:
         self._fixups: list[tuple[int, int]] = []
         self._records = 0
 
-    def literal(self, data: bytes) -> None:
-        """Append `data` as it is."""
+    def literal(self, data: bytes, record: int = NO_RECORD, crcs: Sequence[int] = ()) -> None:
+        """Append `data` as it is, but for the CRC-32 of `record` at these offsets in it."""
         if not data:
             return
+        for at in crcs:
+            self._fixups.append((self.offset + at, record))
         start = len(self._literals)
         self._literals += data
         if self._extents and self._extents[-1][2] == LITERAL:  # grow the literal that ends here

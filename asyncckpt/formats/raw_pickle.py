@@ -26,6 +26,9 @@ class RawPickle:
     @staticmethod
     def plain(value: Any) -> bytes:
         """Any value that is said once, is small and does not contain itself."""
+        if type(value) is str:  # most of what is said
+            data = value.encode("utf-8", "surrogatepass")
+            return b"X" + len(data).to_bytes(4, "little") + data  # BINUNICODE
         sink = io.BytesIO()
         pickler = pickle.Pickler(sink, protocol=2)
         pickler.fast = True  # uses no memo: that is ours

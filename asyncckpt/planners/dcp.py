@@ -329,7 +329,7 @@ class DcpPlanner(PlanCache):
                     f"{name} cannot be saved by one rank alone: {list(block.shape)} of its "
                     f"{list(block.whole)} is here; let all ranks of its mesh save together, or gather it"
                 )
-            return replace(block, holders=Holders.of((self._rank,)))
+            return block if len(block.holders) == 1 else replace(block, holders=Holders.of((self._rank,)))
         if self._rank not in block.holders:
             raise LeafError(
                 f"{name} cannot be saved: to torch.distributed, what is here of it is on rank(s) "
@@ -479,12 +479,14 @@ def _sources(
     """What this rank writes, in the order of the items; `firsts` are those that the first rank writes."""
     locals_ = [local_of(tensor) for tensor in unique]
     cuttable = [local.is_contiguous() and not (local.is_conj() or local.is_neg()) for local in locals_]
-    shared = [item for item in range(len(unique)) if item not in firsts]
+    # What one rank alone has needs no counting.
+    shared = [item for item, block in enumerate(blocks) if item not in firsts and len(block.holders) > 1]
+    alone = {item for item, block in enumerate(blocks) if item not in firsts and len(block.holders) == 1}
     table = [(blocks[item], locals_[item].element_size(), cuttable[item]) for item in shared]
     mine_of = dict(zip(shared, shares(table, rank), strict=True))
     found = []
     for item, (block, local) in enumerate(zip(blocks, locals_, strict=True)):
-        mine = mine_of.get(item, ((0, local.numel()),) if is_first else ())
+        mine = mine_of.get(item, ((0, local.numel()),) if is_first or item in alone else ())
         if not local.numel() and 0 not in block.whole:
             continue  # nothing of it is here
         for begin, end in mine:
@@ -502,7 +504,9 @@ def _described(
     name: str, tensor: torch.Tensor, block: Block, piece: Piece | None
 ) -> tuple[distcp.ItemSpec, tuple[int, ...]]:
     """An item's spec, and where it lies in the whole tensor."""
-    spec = replace(distcp.ItemSpec.of(name, local_of(tensor)), requires_grad=tensor.requires_grad)
+    spec = distcp.ItemSpec.of(name, local_of(tensor))
+    if spec.requires_grad != tensor.requires_grad:
+        spec = replace(spec, requires_grad=tensor.requires_grad)
     if piece is None:
         return spec, block.offsets
     offsets = tuple(a + b for a, b in zip(block.offsets, piece.offsets, strict=True))
