@@ -91,7 +91,7 @@ def _numbered(branch: Any) -> Any:
     """Optimizer state by position instead of by name; several optimizers one by one."""
     if not isinstance(branch, Mapping):
         return branch
-    if "param_groups" not in branch:
+    if "param_groups" not in branch or "state" not in branch:
         return {name: _numbered(child) for name, child in branch.items()}
     names = [name for group in branch["param_groups"] for name in group["params"]]
     position = {name: index for index, name in enumerate(names)}
@@ -100,8 +100,6 @@ def _numbered(branch: Any) -> Any:
     groups = [
         {**group, "params": [position[name] for name in group["params"]]} for group in branch["param_groups"]
     ]
-    if "state" not in branch:
-        return {**branch, "param_groups": groups}
     state = {position[name]: values for name, values in branch["state"].items()}
     return {"state": state, "param_groups": groups}
 

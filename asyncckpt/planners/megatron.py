@@ -8,7 +8,7 @@ rank_00003.pt                    what is a rank's own; only where there are seve
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -122,7 +122,10 @@ class MegatronPlanner(PlanCache):
             return None
         for leaf in leaves_of(tree):
             refuse_unreachable(leaf)
-        (path, _, model), *others = self._trees(tree)
+        whole = dict(tree)
+        if "optimizer" in whole:
+            whole["optimizer"] = _with_state(whole["optimizer"], ("optimizer",), last.weave.branches)
+        (path, _, model), *others = self._trees(whole)
         try:
             named = [(path, last.weave.pickle(model))]
         except Exception:  # noqa: BLE001 -- a leaf's own code may raise anything; `plan` says which leaf
@@ -254,3 +257,12 @@ def _spans_of(storages: Sequence[torch.UntypedStorage]) -> Spans:
         np.array([devices.seam.device_of(storage) for storage in storages], dtype=np.int32),
         storages,
     )
+
+
+def _with_state(branch: Any, path: tuple[Any, ...], branches: Collection[tuple[Any, ...]]) -> Any:
+    """An optimizer's branch, or those of several, with state that is absent for being steady."""
+    if path not in branches:
+        return branch
+    if (*path, "state") in branches:
+        return {"state": {}, **branch}
+    return {key: _with_state(child, (*path, key), branches) for key, child in branch.items()}
