@@ -204,7 +204,11 @@ class PlanCache:
 
     def _serve(self, signature: object, pickles: list[Pickled]) -> WritePlan | None:
         plan = self._plan
-        return plan if plan is not None and plan.signature == signature and plan.takes(pickles) else None
+        if plan is not None and plan.signature == signature and plan.takes(pickles):
+            return plan
+        # What a planner keeps beside it is about to change, and whatever is raised meanwhile may leave it so.
+        self._plan = None
+        return None
 
     def _keep(self, plan: WritePlan) -> WritePlan:
         self.plans_made += 1

@@ -93,8 +93,8 @@ class TrainingState:
         }
         self.sections: dict[str, Section] = dict(self.models)
         self.capture_s: dict[str, float] = {}
-        self._structure: Structure | None = None  # of the last look
-        self._named: list[tuple[str, tuple[str, ...]]] = []
+        # Of the last look: names of its parts, and what they came to.
+        self._looked: tuple[list[tuple[str, tuple[str, ...]]], Structure | None] = ([], None)
         names: dict[torch.Tensor, str] = {}
         for section_name, one in self.models.items():
             prefix = "" if section_name == "model" else f"{section_name}."
@@ -168,13 +168,14 @@ class TrainingState:
 
     def _structure_of(self, parts: list[tuple[str, SteadyPart]], forms: bytes) -> Structure:
         named = [(prefix, part.names) for prefix, part in parts]
-        if self._structure is not None and self._structure.forms == forms:
-            same = len(named) == len(self._named)
-            if same and all(a == b and x is y for (a, x), (b, y) in zip(named, self._named, strict=True)):
-                return self._structure
-        self._named = named
-        self._structure = Structure(tuple(prefix + one for prefix, names in named for one in names), forms)
-        return self._structure
+        before, structure = self._looked
+        same = structure is not None and structure.forms == forms and len(named) == len(before)
+        if same and all(a == b and x is y for (a, x), (b, y) in zip(named, before, strict=True)):
+            assert structure is not None
+            return structure
+        structure = Structure(tuple(prefix + one for prefix, names in named for one in names), forms)
+        self._looked = (named, structure)
+        return structure
 
     def capture(self, step: int, look: Look = NOTHING, *, whole: bool = True) -> StateTree:
         """The tree at this moment. Tensors are the live ones, or aliases of them.

@@ -32,7 +32,8 @@ class Survey(NamedTuple):
     Attributes:
         addresses: uint64, of the first element.
         versions: int64, `_version`.
-        forms: device, dtype and shape of all of them; equal bytes, equal forms. Empty unless asked for.
+        forms: device, dtype, shape and `requires_grad` of all of them; equal bytes, equal forms. Empty unless
+            asked for.
         storages: so that memory stays when `tensor.data` is pointed elsewhere. Empty unless asked for.
     """
 

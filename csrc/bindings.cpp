@@ -211,9 +211,16 @@ nb::object as_array(std::unique_ptr<Number[]> numbers, size_t count) {
   return nb::cast(nb::ndarray<nb::numpy, Number, nb::ndim<1>>(first, {count}, owner));
 }
 
-// Appends device, dtype and shape; throws for what is not dense.
+bool is_true(PyObject* answer) {
+  const nb::object found = nb::steal(answer);
+  if (!found.is_valid()) throw nb::python_error();
+  return found.is(nb::handle(Py_True));
+}
+
+// Appends device, dtype, shape, and whether a gradient is wanted; throws for what is not dense.
 void append_form(PyObject* object, const dlpack::Tensor& tensor, std::vector<int64_t>* forms) {
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   bool dense = tensor.code != dlpack::kComplex;
   forms->push_back(int64_t{tensor.device_type} << 32 | tensor.device_id);
   forms->push_back(int64_t{tensor.code} << 32 | tensor.bits << 16 | tensor.lanes);
@@ -224,17 +231,11 @@ void append_form(PyObject* object, const dlpack::Tensor& tensor, std::vector<int
     forms->push_back(tensor.shape[d]);
     stride *= std::max<int64_t>(tensor.shape[d], 1);
   }
-  // Of a negated tensor, DLPack says nothing. It is the imaginary part of a complex one, so that its
-  // stride is 2, or it has none.
-  if (tensor.ndim == 0) {
-    const nb::object negated = nb::steal(PyObject_CallMethodNoArgs(object, is_neg));
-    if (!negated.is_valid()) throw nb::python_error();
-    dense = dense && negated.is(nb::handle(Py_False));
-  }
+  forms->push_back(is_true(PyObject_GetAttr(object, requires_grad)));
+  dense = dense && !is_true(PyObject_CallMethodNoArgs(object, is_neg));  // DLPack does not say
   if (!dense) throw nb::value_error("a tensor is not dense");
 }
 
-// Calls nothing that runs Python code, so the list stays as it is.
 // What is looked at next is on its way from memory meanwhile: a tensor, and what its first word points to.
 void prefetch(nb::list objects, size_t index) {
   constexpr size_t kAhead = 8, kLine = 64, kBody = 4 * kLine;

@@ -279,8 +279,8 @@ ReadError Reading::read_block(size_t index, uint64_t block, Buffers& buffers) {
       std::min<uint64_t>(file.block_nbytes, file.nbytes - std::min(begin, file.nbytes)));
   ReadError error = open(index);
   if (error.kind != ReadError::Kind::none || !opened_[index]->file.is_open()) return error;
-  const bool checked = !file.block_crcs.empty() && (index + block) % file.checkers == file.checker;
   if (nbytes == 0) return {};
+  const bool checked = !file.block_crcs.empty() && (index + block) % file.checkers == file.checker;
   const auto first_segment = [&] {
     return std::upper_bound(
         file.segments.begin(), file.segments.end(), begin,

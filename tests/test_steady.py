@@ -20,10 +20,13 @@ import torch
 from torch import nn
 
 from asyncckpt import AsyncCheckpointer
+from asyncckpt import state as state_room
 from asyncckpt.errors import TornStateError
-from asyncckpt.plan import Planned
+from asyncckpt.plan import Planned, Spans
+from asyncckpt.planners import dcp, megatron
 from asyncckpt.planners.dcp import DcpPlanner
 from asyncckpt.planners.megatron import MegatronPlanner
+from asyncckpt.sections import model as model_section
 from asyncckpt.sections.walk import Walker
 from asyncckpt.tree import StateTree
 
@@ -256,6 +259,16 @@ def moment_that_is_negated(state: State) -> None:
         values["step"] = torch.tensor(complex(1, 3)).conj().imag
 
 
+def moment_that_is_negated_where_it_is(state: State) -> None:
+    for values in state.optimizers["adam"].state.values():
+        values["exp_avg"] = torch._neg_view(values["exp_avg"])  # type: ignore[attr-defined]
+
+
+def moment_that_wants_a_gradient(state: State) -> None:
+    for values in state.optimizers["adam"].state.values():
+        values["exp_avg"].requires_grad_(True)
+
+
 def moments_gone(state: State) -> None:
     state.optimizers["adam"].state.clear()
 
@@ -298,7 +311,8 @@ CHANGES = [
     parameter_transposed_where_it_is, untied, tied_anew, module_added, module_renamed, modules_swapped,
     module_in_an_empty_place, parameter_in_an_empty_place, buffer_added, buffer_saved_from_now_on,
     buffer_over_a_parameter, hook_added, state_dict_replaced, extra_state, moments_of_another_dtype,
-    moment_that_is_python, moment_that_is_negated, moments_gone, one_moment_gone, keys_that_are_numbers,
+    moment_that_is_python, moment_that_is_negated, moments_gone, one_moment_gone,
+    moment_that_is_negated_where_it_is, moment_that_wants_a_gradient, keys_that_are_numbers,
     group_added, rate_that_is_a_tensor, steps_another_order, extra_changed,
 ]  # fmt: skip
 
@@ -374,6 +388,87 @@ def moment_of(state: State) -> torch.Tensor:
     return moment
 
 
+def test_a_group_that_is_gone_is_held_by_nobody(tmp_path: Path, layout: str) -> None:
+    state = State()
+    adam = state.optimizers["adam"]
+    with state.checkpointer(tmp_path, layout) as checkpointer:
+        added = nn.Parameter(torch.zeros(3))
+        adam.add_param_group({"params": [added]})
+        for step in (1, 2):
+            checkpointer.save(step).wait()
+        checkpointer.fence()
+        gone = weakref.ref(added)
+        adam.param_groups.pop()
+        del added
+        gc.collect()
+        assert gone() is None
+        checkpointer.save(3).wait()
+
+
+def interrupted(owner: Any, name: str) -> None:
+    """Its next call is interrupted, as by a signal."""
+
+    def interrupt(*_: Any, **__: Any) -> Any:
+        patch.undo()
+        raise KeyboardInterrupt
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(owner, name, interrupt)
+
+
+@pytest.mark.parametrize("place", ["_remember", "of", "planned_with", "_keep"])
+def test_a_plan_that_was_not_finished_is_not_served(tmp_path: Path, layout: str, place: str) -> None:
+    state = State()
+    root, fresh = tmp_path / "ours", tmp_path / "fresh"
+    module = {"dcp": dcp, "megatron": megatron}[layout]
+    planner = {"dcp": DcpPlanner, "megatron": MegatronPlanner}[layout]
+    with state.checkpointer(root, layout) as checkpointer:
+        for _ in range(2):
+            compare(state, checkpointer, root, fresh, layout)
+        state.extra["tensor"] = torch.arange(1 << 12)
+        owner: Any = planner if place.startswith("_") else Spans if place == "of" else module
+        interrupted(owner, place)
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save(next(STEPS))
+        state.extra["tensor"] = torch.arange(4.0)
+        for _ in range(2):
+            compare(state, checkpointer, root, fresh, layout)
+
+
+@pytest.mark.parametrize("owner", [model_section, state_room], ids=["model", "state"])
+def test_names_that_were_not_finished_are_not_used(tmp_path: Path, layout: str, owner: Any) -> None:
+    state = State()
+    root, fresh = tmp_path / "ours", tmp_path / "fresh"
+    with state.checkpointer(root, layout, with_optimizers=False) as checkpointer:
+        for _ in range(2):
+            compare(state, checkpointer, root, fresh, layout, with_optimizers=False)
+        module_renamed(state)
+        interrupted(owner, "Names" if owner is model_section else "Structure")
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save(next(STEPS))
+        for _ in range(2):
+            compare(state, checkpointer, root, fresh, layout, with_optimizers=False)
+
+
+def test_leaves_are_pickled_once_for_a_plan(tmp_path: Path, layout: str) -> None:
+    state = State()
+    counted = Counted()
+    state.extra["counted"] = counted
+    with state.checkpointer(tmp_path, layout) as checkpointer:
+        checkpointer.save(1).wait()
+        assert counted.times == 1
+        checkpointer.save(2).wait()
+        assert counted.times == 2
+
+
+class Counted:
+    times = 0
+
+    def __reduce__(self) -> Any:
+        self.times += 1
+        return int, (5,)
+
+
 # ---------------------------------------------------------------------------- the walk
 
 
@@ -411,6 +506,11 @@ def test_modules_that_say_themselves_what_their_state_is_are_left_to_it() -> Non
     contains_itself.inner = contains_itself
     no_module = nn.Linear(2, 2)
     del no_module.__dict__["_buffers"]
+    patched = type("Patched", (nn.Linear,), {})
+    walker = Walker(nn.Sequential(patched(2, 2)))
+    assert walker.walk() is not None
+    patched._save_to_state_dict = Own._save_to_state_dict
+    assert walker.walk() is None
     hooked = nn.Linear(2, 2)
     hooked.register_state_dict_pre_hook(lambda *_: None)
     for module in (Own(2, 2), nn.Sequential(nn.Linear(2, 2), Own(2, 2)), contains_itself, no_module, hooked):

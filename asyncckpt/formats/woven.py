@@ -102,13 +102,16 @@ def weave(tree: Mapping[str, Any], steady: Mapping[int, int]) -> Woven:
 
     Raises:
         CannotWeaveError: loose values speak of a steady tensor's memory, are too many, or a steady tensor has
-            not all of a storage.
+            not all of a storage, or attributes of the user's.
         Exception: whatever pickling one of them raises.
     """
     branches: set[Path] = set()
     parts = _parts(tree, (), steady, branches)
     if parts is None:
         raise CannotWeaveError
+    for part in parts:
+        if isinstance(part, torch.Tensor) and not (_fills(part, part.untyped_storage()) and _is_bare(part)):
+            raise CannotWeaveError
     paths = tuple(part.path for part in parts if isinstance(part, Loose))
     loose = _PartPickler()
     values = [loose.part(part.value) for part in parts if isinstance(part, Loose)]
@@ -127,8 +130,6 @@ def weave(tree: Mapping[str, Any], steady: Mapping[int, int]) -> Woven:
             open_frame.append(frames.part(part))
             if len(frames.storages) > len(rows):
                 rows.append(steady[id(part)])
-            if not _fills(part, part.untyped_storage()):
-                raise CannotWeaveError
         else:
             open_frame.append(part)
     ended.append(b"".join([*open_frame, b"."]))
@@ -166,6 +167,10 @@ class _PartPickler(TreePickler):
 
 def _fills(tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
     return tensor.data_ptr() == storage.data_ptr() and tensor.nbytes == storage.nbytes()
+
+
+def _is_bare(tensor: torch.Tensor) -> bool:
+    return not (vars(tensor) or tensor._backward_hooks)
 
 
 def _parts(

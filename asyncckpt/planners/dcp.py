@@ -72,6 +72,7 @@ class _Seen(NamedTuple):
 
     Attributes:
         tensors, others: tensors, and python.
+        pickles: of the others.
         unique: tensors that differ, by their items.
         written: name and pickle of what this rank writes of the others and of its own.
         crcs: of all pickles, where ranks compare them.
@@ -80,6 +81,7 @@ class _Seen(NamedTuple):
 
     tensors: list[_Tensor]
     others: list[Leaf]
+    pickles: list[Pickled]
     unique: list[torch.Tensor]
     written: list[tuple[str, Pickled]]
     crcs: tuple[int, ...]
@@ -164,6 +166,7 @@ class DcpPlanner(PlanCache):
         self._said_no_weights = False
 
     def plan(self, tree: Mapping[str, Any]) -> Planned:
+        self._remembered = None
         own = self._own(tree)
         if self._arrangement is not None:
             leaves = flatten(self._arrangement.shared(tree))
@@ -248,7 +251,14 @@ class DcpPlanner(PlanCache):
         return _Remembered(
             steady.structure,
             tuple(leaf.name for leaf in loose),
-            self._see(loose, own, frozenset()).signature,
+            self._signature(
+                [
+                    (leaf.path, loose_items[item], (*form[:-1], self._is_first_ranks(leaf, frozenset())))
+                    for leaf, item, form in seen.tensors
+                    if item in loose_items
+                ],
+                seen,
+            ),
             Spans(planned.addresses[spans], planned.sizes[spans], planned.devices[spans], None),
             np.array([row for row, _ in mine], dtype=np.int64),
             np.array([steady_items[source.item] for _, source in mine], dtype=np.int64),
@@ -297,14 +307,20 @@ class DcpPlanner(PlanCache):
                 refuse_unreachable(leaf)
                 _refuse_sharded(leaf)
             written.append((f"what is rank {self._rank}'s own", pickle_tree(own, where="own")))
-        signature = (
-            tuple((leaf.path, item, form) for leaf, item, form in tensors),
+        seen = _Seen(tensors, others, pickles, unique, written, crcs, None)
+        every = [(leaf.path, item, form) for leaf, item, form in tensors]
+        return seen._replace(signature=self._signature(every, seen))
+
+    def _signature(self, tensors: Sequence[tuple[Path, int, tuple[Any, ...]]], seen: _Seen) -> object:
+        """Of some tensors, by path, item and form, and of all else."""
+        shared = list(zip(seen.others, seen.pickles, strict=True))
+        return (
+            tuple(tensors),
             tuple((leaf.path, tuple(s.nbytes() for s in pickled.storages)) for leaf, pickled in shared),
-            tuple(crc for leaf, crc in zip(others, crcs, strict=False) if _names_parameters(leaf)),
-            tuple(tuple(s.nbytes() for s in pickled.storages) for _, pickled in written),
+            tuple(crc for leaf, crc in zip(seen.others, seen.crcs, strict=False) if _names_parameters(leaf)),
+            tuple(tuple(s.nbytes() for s in pickled.storages) for _, pickled in seen.written),
             self._in_weights(shared),
         )
-        return _Seen(tensors, others, unique, written, crcs, signature)
 
     def _is_first_ranks(self, leaf: Leaf, parameters: frozenset[str]) -> bool:
         """Whether the first rank writes the whole of a tensor: what it has is what is saved.

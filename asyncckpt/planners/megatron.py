@@ -93,6 +93,7 @@ class MegatronPlanner(PlanCache):
                 raise LeafError(
                     f"{leaf.name}: tensors that are spread over ranks are saved in layout 'dcp' alone"
                 )
+        self._remembered = None
         files: Sequence[SharedFile] = tree.get(SHARED_BRANCH, ())
         woven = self._woven(tree) if not files else None
         named = self._pickled(tree, woven)
@@ -107,7 +108,6 @@ class MegatronPlanner(PlanCache):
         spans = Spans.of(
             [span for shared, file in zip(self._shared, files, strict=True) for span in shared.spans(file)]
         )
-        self._remembered = None
         if woven is not None:
             spans = _spans_of([storage for storage, _ in woven.storages])
             self._remembered = self._remember(tree, woven, named, spans)

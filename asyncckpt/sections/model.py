@@ -54,29 +54,29 @@ class ModelSection:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._walker = Walker(model) if isinstance(model, torch.nn.Module) else None
-        self._shape: object = None  # of the last walk
-        self._names = Names((), ())
+        self._seen: tuple[object, Names] = (None, Names((), ()))  # shape and own names of the last walk
 
     def steady(self) -> SteadyBranch | None:
         walk = self._walker.walk() if self._walker is not None else None
         if walk is None or self._walker is None:
             return None
-        if walk.shape != self._shape:
+        shape, names = self._seen
+        if walk.shape != shape:
             parameters, buffers = self._walker.names()
             own = [own_name(name) for name in (*parameters, *buffers) if name is not None]
             if len(set(own)) < len(own):
                 return None
-            self._shape = walk.shape
-            self._names = Names(
+            names = Names(
                 tuple(map(own_name, parameters)),
                 tuple(None if name is None else own_name(name) for name in buffers),
             )
+            self._seen = (walk.shape, names)
         saved = {
             name: buffer.detach()
-            for name, buffer in zip(self._names.buffers, walk.buffers, strict=True)
+            for name, buffer in zip(names.buffers, walk.buffers, strict=True)
             if name is not None
         }
-        part = SteadyPart("", self._names.parameters, walk.parameters)
+        part = SteadyPart("", names.parameters, walk.parameters)
         return SteadyBranch([part], lambda: saved, walk.buffers)
 
     def capture(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ class _Seen(NamedTuple):
     Attributes:
         shape: what it looked like.
         params: names of what is stepped, by group.
-        held: the same tensors, so that what is at their addresses is them.
+        alive: the same tensors, as long as they are: what is at their addresses then is them.
         names: of the tensors of the state.
         tensors: their places among all values.
         others: (place, parameter, key) of the other values; no key where there is none.
@@ -28,7 +29,7 @@ class _Seen(NamedTuple):
 
     shape: object
     params: list[list[str]]
-    held: list[list[torch.Tensor]]
+    alive: list[weakref.ref[torch.Tensor]]
     names: tuple[str, ...]
     tensors: list[int]
     others: list[tuple[int, str, str | None]]
@@ -57,7 +58,7 @@ class OptimizerSection:
             return None
         keys = list(chain.from_iterable(values))
         owned = list(chain.from_iterable(map(dict.values, values)))
-        # Of parameters, the addresses of the objects do: these are the optimizer's, or the names' here.
+        # Of parameters, the addresses of the objects do, while they are alive.
         shape = (
             [list(map(id, group)) for group in params],
             list(map(id, self.optimizer.state)),
@@ -66,7 +67,7 @@ class OptimizerSection:
             list(map(type, owned)),
         )
         seen = self._seen
-        if seen is None or seen.shape != shape:
+        if seen is None or seen.shape != shape or any(one() is None for one in seen.alive):
             found = self._look(shape, params, values)
             if found is None:
                 return None
@@ -113,7 +114,7 @@ class OptimizerSection:
         return _Seen(
             shape,
             [[called[param] for param in group] for group in params],
-            params,
+            [weakref.ref(param) for group in params for param in group],
             tuple(names),
             tensors,
             others,

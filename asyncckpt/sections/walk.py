@@ -45,7 +45,6 @@ class Walker:
 
     def __init__(self, root: nn.Module) -> None:
         self._root = root
-        self._plain: set[type] = set()  # types of modules whose state_dict() is torch's own
 
     def walk(self) -> Walk | None:
         """None if some module says itself what its state is, in whatever way."""
@@ -61,7 +60,7 @@ class Walker:
         level: list[nn.Module] = [self._root]
         while level:
             of_each = list(map(vars, level))
-            if len(shape) > _DEPTH_MAX or not self._are_plain(level, of_each):
+            if len(shape) > _DEPTH_MAX or not _are_plain(level, of_each):
                 return None
             modules, own, volatile = (_column(of_each, f"_{what}") for what in _KINDS)
             unsaved = [
@@ -74,15 +73,6 @@ class Walker:
             buffers += volatile.values
             level = modules.values
         return Walk(tuple(shape), parameters, buffers)
-
-    def _are_plain(self, level: list[nn.Module], of_each: list[dict[str, Any]]) -> bool:
-        new = set(map(type, level)) - self._plain
-        if not all(getattr(kind, name) is getattr(nn.Module, name) for kind in new for name in _METHODS):
-            return False
-        self._plain |= new
-        if any(any(map(contains, of_each, repeat(name))) for name in _METHODS):
-            return False
-        return not any(any(map(itemgetter(name), of_each)) for name in _HOOKS)
 
     def names(self) -> Names:
         """Of what `walk` finds now."""
@@ -103,6 +93,16 @@ class Walker:
                 below += ((f"{prefix}{k}.", one) for k, one in has["_modules"].items() if one is not None)
             level = below
         return Names(tuple(parameters), tuple(buffers))
+
+
+def _are_plain(level: list[nn.Module], of_each: list[dict[str, Any]]) -> bool:
+    """Whether state_dict() of these modules is torch's own."""
+    kinds = set(map(type, level))
+    if not all(getattr(kind, name) is getattr(nn.Module, name) for kind in kinds for name in _METHODS):
+        return False
+    if any(any(map(contains, of_each, repeat(name))) for name in _METHODS):
+        return False
+    return not any(any(map(itemgetter(name), of_each)) for name in _HOOKS)
 
 
 _KINDS = ("modules", "parameters", "buffers")
