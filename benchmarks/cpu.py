@@ -43,16 +43,17 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
+    rounds = options.rounds_or(5)
     ours = Asyncckpt(OURS, workload, scratch / "ours", workload.nbytes + (64 << 20))
     others, cannot = peers(workload, scratch)
     savers: list[Saver] = [ours, *others]
     rows: list[dict[str, Any]] = []
     try:
-        for number in range(options.rounds + 1):  # the first warms up
+        for number in range(rounds + 1):  # the first warms up
             for saver in savers:
                 row = {"round": number, **_measure(workload, saver, number + 1)}
                 print(
-                    f"cpu {number}/{options.rounds} {saver.name}: {row['cpu_s_per_gib']:.3f} s per GiB, "
+                    f"cpu {number}/{rounds} {saver.name}: {row['cpu_s_per_gib']:.3f} s per GiB, "
                     f"contents {row['contents']}",
                     file=sys.stderr,
                 )
@@ -69,7 +70,7 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
         "benchmark": "cpu",
         "tiny": options.tiny,
         "machine": facts,
-        "config": {"nbytes": workload.nbytes, "rounds": options.rounds},
+        "config": {"nbytes": workload.nbytes, "rounds": rounds},
         "targets": [target("processor time per GiB", "checksums included", "s", TARGET_S_PER_GIB, measured)],
         "cannot_run": cannot,
         "summary": summaries,

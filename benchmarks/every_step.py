@@ -45,6 +45,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
+    rounds = options.rounds_or(5)
     disk = RawDisk(scratch)
     steps = _TINY_STEPS if options.tiny else STEPS
     savers = []
@@ -54,11 +55,11 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
         savers.append(Asyncckpt(name, workload, scratch / f"part-{part}", memory, keep_last=_KEEP_LAST))
     rows: list[dict[str, Any]] = []
     try:
-        for number in range(options.rounds + 1):  # the first warms up
+        for number in range(rounds + 1):  # the first warms up
             for saver in savers:
                 row = {"round": number, **_measure(workload, saver, disk, number * steps + 1, steps)}
                 print(
-                    f"every_step {number}/{options.rounds} {saver.name}: {row['seconds']:.2f} s = "
+                    f"every_step {number}/{rounds} {saver.name}: {row['seconds']:.2f} s = "
                     f"{row['x_quiet']:.2f} quiet = {row['x_raw']:.2f} raw, contents {row['contents']}",
                     file=sys.stderr,
                 )
@@ -75,7 +76,7 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
             "nbytes": workload.nbytes,
             "steps": steps,
             "raw_threads": RAW_THREADS,
-            "rounds": options.rounds,
+            "rounds": rounds,
             "notes": {saver.name: saver.note for saver in savers},
         },
         "summary": {

@@ -2,8 +2,7 @@
 
 Each measurement is a process of its own: training makes its state and everything that it will hold; the
 kernel's high-water mark is reset; a checkpointer is made and saves a few times while training goes on; the
-mark is read. So all that our side ever takes is in it, whether it was given back or not. Sizes vary less
-than times: a third of the rounds is enough.
+mark is read. So all that our side ever takes is in it, whether it was given back or not.
 
     extra_bytes     the most that was resident, less what was resident before (VmHWM, VmRSS of proc(5))
     over_bytes      what of it is beyond `host_memory`
@@ -38,7 +37,7 @@ def run(options: Options) -> dict[str, Any]:
     """Measure and return the document."""
     size = TINY if options.tiny else FULL
     parts = _TINY_PARTS if options.tiny else PARTS
-    rounds = max(1, options.rounds // 3)  # sizes vary less than times
+    rounds = options.rounds_or(3)  # sizes vary less than times
     nbytes = size.weights * (3 * 4 * size.rows * size.columns + 4)  # float32: the weight, two moments; a step
     rows: list[dict[str, Any]] = []
     with options.scratch(4 * nbytes) as scratch:

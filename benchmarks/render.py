@@ -46,10 +46,12 @@ fewer rounds there. The host memory is {arena}, so that nothing waits for the di
 inside the call, and what optimizer hooks made the step wait afterwards, both timed from outside. Contents
 are compared after training changed every tensor.
 """
-_HOW_CEILING = """
-**How.** Training idle; {rounds} rounds after one to warm up, in alternating order: a whole save of {state}
-until durable, with everything that makes it crash-safe; a raw write of as many bytes by {raw_threads} threads
-with O_DIRECT out of huge pages into one new preallocated file, and fsync; one buffered writer, and fsync.
+_HOW_WRITE = """
+**How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
+pairs in all: a whole save of {state} until durable, with everything that makes it crash-safe; a raw write of
+as many bytes by {raw_threads} threads with O_DIRECT in blocks of {block} out of huge pages into one new
+preallocated file, and fsync. Before each, all is synced. Training changes every tensor before each save, and
+the files are compared with it. Once a round: one buffered writer, and fsync.
 """
 _HOW_LOAD = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
@@ -179,7 +181,7 @@ def _phases(summaries: dict[str, dict[str, Any]]) -> str:
     return _table(("", *summaries), lines)
 
 
-def _ceiling(document: dict[str, Any]) -> list[str]:
+def _write(document: dict[str, Any]) -> list[str]:
     config, summaries = document["config"], document["summary"]
     names = {
         "raw_s": f"raw, {config['raw_threads']} threads, O_DIRECT",
@@ -187,15 +189,19 @@ def _ceiling(document: dict[str, Any]) -> list[str]:
         "buffered_s": "one buffered writer",
     }
     return [
-        "## Ceiling: what the disk takes\n",
+        "## Write: what the disk takes\n",
         machine_line(document["machine"]),
-        _HOW_CEILING.format(
-            rounds=config["rounds"], state=_bytes(config["nbytes"]), raw_threads=config["raw_threads"]
+        _HOW_WRITE.format(
+            rounds=config["rounds"],
+            pairs=summaries["ratio"]["count"],
+            state=_bytes(config["nbytes"]),
+            raw_threads=config["raw_threads"],
+            block=_bytes(config["block_bytes"]),
         ),
+        *_targets(document),
         _times(names, document),
         _list(
             (
-                f"A save beside the raw write next to it: {_spread(summaries['ratio'], 'x')}.",
                 f"Contents right: {summaries['contents_right']} of {len(document['rows'])}.",
                 f"O_DIRECT: {'all writes' if summaries['direct'] else 'refused here, all was buffered'}.",
             )
@@ -394,7 +400,7 @@ def _list(items: Iterable[str]) -> str:
 _SECTIONS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "stall": _stall,
     "many_tensors": _many_tensors,
-    "ceiling": _ceiling,
+    "write": _write,
     "load": _load,
     "cpu": _cpu,
     "every_step": _every_step,

@@ -62,7 +62,7 @@ def test_many_tensors_verifies_every_save_at_every_size(results: Path) -> None:
         for name in ("asyncckpt", "asyncckpt, megatron", "torch.save"):
             assert size["summary"][name]["contents_right"] == size["summary"][name]["x_dcp"]["count"]
         assert size["summary"]["asyncckpt"]["x_dcp"]["max"] == 1
-    assert len(document["targets"]) == 2 * len(leaves)
+    assert len(document["targets"]) == 3 * len(leaves)
 
 
 def test_loads_are_verified_and_paired_with_raw_reads_in_either_order(results: Path) -> None:
@@ -71,6 +71,16 @@ def test_loads_are_verified_and_paired_with_raw_reads_in_either_order(results: P
     assert len(rows) == 2 * document["config"]["rounds"]
     assert [row["first"] for row in rows[:2]] == ["ours", "raw"]
     assert {row["contents"] for row in (*rows, *document["stock_rows"])} == {"right"}
+    assert document["targets"][0]["measured"]["count"] == len(rows)
+
+
+def test_saves_are_verified_and_paired_with_raw_writes_in_either_order(results: Path) -> None:
+    document = json.loads((results / "write.json").read_text())
+    rows = document["rows"]
+    assert len(rows) == 2 * document["config"]["rounds"]
+    assert [row["first"] for row in rows[:2]] == ["ours", "raw"]
+    assert {row["contents"] for row in rows} == {"right"}
+    assert all(row["raw"]["nbytes"] >= document["config"]["nbytes"] for row in rows)
     assert document["targets"][0]["measured"]["count"] == len(rows)
 
 
