@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,10 +118,64 @@ def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
     for name in (*stall["summary"], *stall["cannot_run"]):
         assert name in page
     documents = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    lines = page.splitlines()
     for target in (target for document in documents for target in document.get("targets", ())):
-        assert f"| {target['what']} | {target['where']} |" in page
+        name = f": {target['what']} | {target['where']} | "
+        assert len([line for line in lines if name in line]) == 1
     assert "figures mean nothing" in page
     assert str(ROOT) not in page
+
+
+def a_document(met: bool, tiny: bool = False) -> dict[str, Any]:
+    """Of a run with one target, for a page with nothing but that."""
+    measured = dict.fromkeys(("median", "min", "max"), 1.0 if met else 3.0)
+    target = {"what": "time", "where": "here", "unit": "s", "limit": 2, "measured": measured, "met": met}
+    return {"tiny": tiny, "targets": [target]}
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_a_limit_is_told_where_its_target_is_not_met(
+    met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import limits, render
+
+    path = tmp_path / "limits.toml"
+    limit = '[[limit]]\nbenchmark = "write"\nwhat = "time"\nwhere = "here"\nnote = "The disk."\n'
+    path.write_text(limit)
+    notes = limits.read(path)
+    assert notes == {("write", "time", "here"): "The disk."}
+    text = "\n".join(render._targets({"write": a_document(met)}, notes))
+    assert ("The disk." in text) is not met
+
+    limits.refuse_strangers(notes, {"write": a_document(met)})
+    limits.refuse_strangers(notes, {})
+    stranger = {("write", "time", "there"): "The disk."}
+    limits.refuse_strangers(stranger, {"write": a_document(met, tiny=True)})
+    with pytest.raises(ValueError, match="write has no target 'time' with 'there'"):
+        limits.refuse_strangers(stranger, {"write": a_document(met)})
+
+    path.write_text(limit * 2)
+    with pytest.raises(ValueError, match="two limits for"):
+        limits.read(path)
+    path.write_text(limit.replace("The disk.", "The disk takes 220 ms."))
+    with pytest.raises(ValueError, match="'0 ms' is for a JSON to say"):
+        limits.read(path)
+    path.write_text(limit.replace("note", "why"))
+    with pytest.raises(ValueError, match="a limit has"):
+        limits.read(path)
+
+
+def test_the_committed_limits_are_of_targets_of_the_committed_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import limits
+
+    results = ROOT / "benchmarks" / "results"
+    limits.refuse_strangers(
+        limits.read(), {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
+    )
 
 
 def test_wrong_contents_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
