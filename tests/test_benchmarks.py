@@ -98,7 +98,10 @@ def test_saves_at_each_step_are_right_and_reported(results: Path) -> None:
         assert row["contents"] == "right"
         assert len(row["blocked_s"]) == len(row["starved_s"]) == document["config"]["steps"]
         assert min(row["blocked_s"]) > 0
-        assert sum(row["blocked_s"]) < row["seconds"]
+        assert sum(row["blocked_s"]) < row["training_s"] <= row["seconds"]
+        assert row["best_s"] > max(row["quiet_s"], row["raw_s"])
+        assert row["unreported"] * row["training_s"] == pytest.approx(row["lost_s"] - sum(row["blocked_s"]))
+    assert len(document["targets"]) == 2 * len(document["summary"])
 
 
 def test_memory_is_counted_for_saves_that_were_right(results: Path) -> None:
