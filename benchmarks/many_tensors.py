@@ -2,7 +2,7 @@
 
 The same bytes in ever more leaves: what training waits for must be the work of a copy, not of a loop over
 leaves. Each save is measured as in stall.py, training goes on, and what was saved is compared with the
-state at the call. Peers that need seconds for a save of the largest take fewer rounds there.
+state at the call. Of the largest state, peers save twice, and once if a save takes very long.
 
     blocked     seconds inside save(), and in the optimizer's hooks afterwards; timed from outside
 
@@ -15,12 +15,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import machine
+from .lineup import Lineup
+from .peers import PEERS
 from .results import Options, best_peer_target, summary, target
-from .savers import PEERS, Asyncckpt, AsyncckptMegatron, Saver, peers
+from .savers import Asyncckpt, AsyncckptMegatron, Saver
 from .stall import measure
 from .workload import Size, Workload
 
@@ -28,7 +31,9 @@ DCP, MEGATRON = "asyncckpt", "asyncckpt, megatron"
 SAVERS = (DCP, MEGATRON, *PEERS)
 MEGATRON_TARGET_RATIO = 2.0
 BEST_PEER_TARGET_RATIO = 0.2  # five times less
-_MANY = 10_000  # leaves from which on peers take seconds for a save
+_MANY = 10_000  # leaves from which on peers take seconds for a save, and get fewer rounds
+_FEW = 2
+_SLOW_S = 20.0
 _ARENA_BYTES = 128 << 20  # twice the state: here, nothing is to wait for the disk
 
 
@@ -95,14 +100,22 @@ def _measure(
         Asyncckpt(DCP, workload, scratch / "dcp", _ARENA_BYTES),
         AsyncckptMegatron(MEGATRON, workload, scratch / "megatron", _ARENA_BYTES),
     ]
-    others, cannot = peers(workload, scratch)
+    lineup = Lineup(ours, workload, scratch)
     rounds = options.rounds_or(10)
-    few = max(1, rounds // 5) if scale.leaves >= _MANY else rounds
+    few = min(_FEW, rounds) if scale.leaves >= _MANY else rounds
+    slow: set[str] = set()
     rows: list[dict[str, Any]] = []
     try:
         for number in range(rounds + 1):  # the first warms up ours; peers come warm
-            for saver in ours + (others if 1 <= number <= few else []):
-                row = {"leaves": scale.leaves, "round": number, **measure(workload, saver, number + 1)}
+            for saver in lineup.turns(number):
+                if saver not in ours and (not 1 <= number <= few or saver.name in slow):
+                    continue
+                found = lineup.measure(saver, partial(measure, workload, saver, number + 1))
+                if found is None:
+                    continue
+                if scale.leaves >= _MANY and found["durable_s"] > _SLOW_S:
+                    slow.add(saver.name)
+                row = {"leaves": scale.leaves, "round": number, **found}
                 print(
                     f"many_tensors {scale.leaves} {number}/{rounds} {saver.name}: "
                     f"blocked {row['blocked_s'] * 1e3:.1f} ms, contents {row['contents']}",
@@ -111,9 +124,8 @@ def _measure(
                 if number:
                     rows.append(row)
     finally:
-        for saver in (*ours, *others):
-            saver.close()
-    return rows, cannot
+        lineup.close()
+    return lineup.kept(rows), lineup.cannot_run
 
 
 def _summarise(rows: list[dict[str, Any]], saver: str) -> dict[str, Any]:

@@ -30,11 +30,11 @@ _HOW_STALL = """
 **How.** {state}: {weights} weights of {rows} x {columns} in float32, both moments of AdamW and a step
 counter each, {tensors} tensors in all. A training step is {compute_ms:.0f} ms of matmul on one thread, then a
 fused AdamW step over every weight; {step_ms:.0f} ms when nothing is being saved. In each of {rounds} rounds,
-after one to warm up, every saver in turn: a few quiet steps, a save, steps until that save is durable. By
-then every tensor has changed; the files are read back with stock `torch.load` or `dcp.load`, compared bit
-for bit with the state at the call, and deleted. Beside each save, before and after it in turn, as many bytes
-are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one new preallocated file, fsync; training
-is idle then.
+after one to warm up, every saver in turn, in every other round backwards: a few quiet steps, a save, steps
+until that save is durable. By then every tensor has changed; the files are read back with what the saver's
+users read them with, compared bit for bit with the state at the call, and deleted. Beside each save, before
+and after it in turn, as many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one
+new preallocated file, fsync; training is idle then. A peer that does not answer in time is out.
 
 - *Blocked*: the time inside the call, and what optimizer hooks made the step wait afterwards, both timed
   from outside.
@@ -46,8 +46,8 @@ is idle then.
 """
 _HOW_MANY_TENSORS = """
 **How.** Saves under training as above, {rounds} rounds after one to warm up, of states that have about the
-same bytes in ever more leaves: four for each weight. Peers that take seconds for a save of the largest take
-fewer rounds there. The host memory is {arena}, so that nothing waits for the disk. *Blocked* is the time
+same bytes in ever more leaves: four for each weight. Of the largest, peers save twice, and once if a save
+takes very long. The host memory is {arena}, so that nothing waits for the disk. *Blocked* is the time
 inside the call, and what optimizer hooks made the step wait afterwards, both timed from outside. Contents
 are compared after training changed every tensor.
 """
@@ -67,10 +67,11 @@ load, and what is there after it is compared with what was saved. Beside them a 
 dcp.load into tensors that were made before.
 """
 _HOW_CPU = """
-**How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn saves {state}.
-What all threads of the process spend on processors, user and system, from the call until durable, is the
-save's. Our checksums are in it; the peers make none. What the kernel writes back on threads of its own, for
-whoever writes through the page cache, is in nobody's account: it flatters the peers.
+**How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn, in every other
+round backwards, saves {state}. What all threads of the process spend on processors, user and system, from the
+call until durable, is the save's, and what processes beside it spend that some peers write with. Our
+checksums are in it; the peers make none. What the kernel writes back on threads of its own, for whoever
+writes through the page cache, is in nobody's account: it flatters the peers.
 """
 _HOW_EVERY_STEP = """
 **How.** In each of {rounds} rounds, after one to warm up: {steps} quiet steps; {steps} steps with a save of

@@ -21,14 +21,17 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 from . import machine
+from .lineup import Lineup
+from .peers import PEERS
 from .raw_disk import RAW_THREADS, RawDisk, settle
 from .results import Options, best_peer_target, summary, target
-from .savers import PEERS, Asyncckpt, Saver, peers
+from .savers import Asyncckpt, Saver
 from .workload import FULL, TINY, Workload
 
 BLOCKED_TARGET_S = 0.005
@@ -100,21 +103,23 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     disk = RawDisk(scratch)
     whole = Asyncckpt(OURS[0], workload, scratch / "whole", workload.nbytes + (64 << 20))
     part = Asyncckpt(OURS[1], workload, scratch / "part", workload.nbytes // _SMALL_PART)
-    others, cannot = peers(workload, scratch)
-    savers: list[Saver] = [whole, part, *others]
+    lineup = Lineup([whole, part], workload, scratch)
     rows: list[dict[str, Any]] = []
     try:
         for number in range(rounds + 1):  # the first warms up
-            for saver in savers:
+            for saver in lineup.turns(number):
                 raw = None
                 if number % 2:
                     settle()
                     raw = disk.direct(workload.nbytes)
-                row = measure(workload, saver, number + 1)
+                found = lineup.measure(saver, partial(measure, workload, saver, number + 1))
+                if found is None:
+                    continue
                 if raw is None:
                     settle()
                     raw = disk.direct(workload.nbytes)
-                row = {"round": number, **row, "raw": asdict(raw), "ratio": row["durable_s"] / raw.seconds}
+                row = {"round": number, **found, "raw": asdict(raw)}
+                row["ratio"] = row["durable_s"] / raw.seconds
                 print(
                     f"stall {number}/{rounds} {saver.name}: blocked {row['blocked_s'] * 1e3:.1f} ms, "
                     f"slowdown {row['slowdown']:.1%}, "
@@ -124,8 +129,9 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
                 if number:
                     rows.append(row)
     finally:
-        for saver in savers:
-            saver.close()
+        lineup.close()
+    savers = lineup.savers
+    rows = lineup.kept(rows)
     summaries = {
         saver.name: _summarise([row for row in rows if row["saver"] == saver.name]) for saver in savers
     }
@@ -144,7 +150,7 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
             "notes": {saver.name: saver.note for saver in savers},
         },
         "targets": _targets(summaries[whole.name], whole.note, rows),
-        "cannot_run": cannot,
+        "cannot_run": lineup.cannot_run,
         "summary": summaries,
         "rows": rows,
     }

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(300)  # seconds: they all run in one setup, peers that are installed too
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -45,7 +49,63 @@ def test_stall_verifies_every_save_of_ours_and_of_the_peers(results: Path) -> No
         assert row["raw"]["nbytes"] >= document["config"]["nbytes"]
         assert row["blocked_s"] == row["call_s"] + row["fence_s"]
         assert 0 < row["call_s"] < row["durable_s"] + 1e-3
-    assert len(document["summary"]) + len(document["cannot_run"]) == 7
+    assert len(document["summary"]) + len(document["cannot_run"]) == 11
+
+
+def test_a_peer_that_fails_or_hangs_is_out_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import lineup
+    from benchmarks.workload import TINY, Workload
+
+    class Pending:
+        def __init__(self, wait: Callable[[], None]) -> None:
+            self.wait = wait
+
+    class Peer:
+        def __init__(self, name: str, workload: Workload, directory: Path) -> None:
+            self.name = name
+
+        def save(self, step: int) -> Pending:
+            assert self.name != "fails", "no disk"
+            return Pending(threading.Event().wait if self.name == "hangs" else lambda: None)
+
+        def delete(self, step: int) -> None:
+            pass
+
+        def close(self) -> None:
+            raise RuntimeError("what was measured stands")
+
+    def fails_later() -> dict[str, Any]:
+        raise OSError("no disk any more")
+
+    monkeypatch.setattr(lineup, "PEERS", dict.fromkeys(("fails", "hangs", "works", "fails later"), Peer))
+    monkeypatch.setattr(lineup, "DEADLINE_S", 0.2)
+    workload = Workload(TINY)
+    try:
+        ours: Any = Peer("ours", workload, tmp_path)
+        found = lineup.Lineup([ours], workload, tmp_path)
+        assert found.cannot_run == {
+            "fails": "AssertionError: no disk",
+            "hangs": "TimeoutError: no answer within 0.2 s",
+        }
+        assert [saver.name for saver in found.turns(0)] == ["ours", "works", "fails later"]
+        assert [saver.name for saver in found.turns(1)] == ["fails later", "works", "ours"]
+        assert found.measure(found.savers[1], lambda: {"saver": "works"}) == {"saver": "works"}
+        assert found.measure(found.savers[2], fails_later) is None
+        assert found.cannot_run["fails later"] == "OSError: no disk any more"
+        assert found.kept([{"saver": "works"}, {"saver": "fails later"}]) == [{"saver": "works"}]
+        with pytest.raises(OSError, match="no disk any more"):
+            found.measure(ours, fails_later)
+        assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+        with pytest.raises(RuntimeError):
+            found.close()  # ours is heard
+        found = lineup.Lineup([], workload, tmp_path)
+        found.close()
+        assert [saver.name for saver in found.savers] == ["works", "fails later"]
+    finally:
+        workload.close()
 
 
 def test_what_is_reported_as_blocked_is_what_was_measured_from_outside(results: Path) -> None:
