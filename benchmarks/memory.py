@@ -12,7 +12,6 @@ mark is read. So all that our side ever takes is in it, whether it was given bac
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -38,7 +37,7 @@ def run(options: Options) -> dict[str, Any]:
     size = TINY if options.tiny else FULL
     parts = _TINY_PARTS if options.tiny else PARTS
     rounds = options.rounds_or(3)  # sizes vary less than times
-    nbytes = size.weights * (3 * 4 * size.rows * size.columns + 4)  # float32: the weight, two moments; a step
+    nbytes = size.nbytes
     rows: list[dict[str, Any]] = []
     with options.scratch(4 * nbytes) as scratch:
         facts = machine.describe(scratch)
@@ -80,7 +79,7 @@ def measure(size: Size, directory: Path, part: int) -> dict[str, Any]:
     host_memory = max(_HOST_MEMORY_MIN, workload.nbytes // part)
     workload.step()
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
-    before_bytes = _status_bytes("VmRSS")
+    before_bytes = machine.process_bytes("VmRSS")
     saver = Asyncckpt("asyncckpt", workload, directory, host_memory)
     try:
         for step in range(_SAVES):
@@ -90,7 +89,7 @@ def measure(size: Size, directory: Path, part: int) -> dict[str, Any]:
             pending.wait()
             if step:
                 saver.delete(step - 1)
-        extra_bytes = _status_bytes("VmHWM") - before_bytes
+        extra_bytes = machine.process_bytes("VmHWM") - before_bytes
         contents = workload.judge(saver.load(_SAVES - 1))
         saver.delete(_SAVES - 1)
     finally:
@@ -103,12 +102,6 @@ def measure(size: Size, directory: Path, part: int) -> dict[str, Any]:
         "over_bytes": extra_bytes - host_memory,
         "contents": contents,
     }
-
-
-def _status_bytes(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) << 10
 
 
 def _where(part: int) -> str:

@@ -87,6 +87,13 @@ must lead to the same state.
   something is saved, for one.
 - *Blocked* and *starved*: of one save, as `SaveReport` has them.
 """
+_HOW_FIRST_SAVE = """
+**How.** In {rounds} processes of their own for each line: training makes {state} of state, a checkpointer
+with host memory for all of it is made, and {saves} saves under training follow. Its memory is made present in
+the background: the first save finds it so where training went on until the process had grown by it, and does
+not where the first save is at once. *x later*: seconds until the first save is durable, by the median of the
+later ones of that process.
+"""
 _HOW_MEMORY = """
 **How.** For each size of host memory, processes of their own ({rounds} each): training makes {state} of
 state; the kernel's high-water mark of resident memory is reset; a checkpointer is made and saves {saves}
@@ -338,6 +345,40 @@ def _every_step(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def _first_save(document: dict[str, Any]) -> list[str]:
+    config = document["config"]
+    return [
+        _HOW_FIRST_SAVE.format(
+            rounds=config["rounds"], state=_bytes(config["nbytes"]), saves=config["saves"]
+        ),
+        _table(
+            (
+                "First save",
+                "Memory present after",
+                "Durable, first",
+                "Durable, later",
+                "x later",
+                "Blocked, first",
+                "Blocked, later",
+                "Contents right",
+            ),
+            (
+                (
+                    when,
+                    _spread(one["present_s"], "s") if "present_s" in one else "",
+                    _spread(one["first_durable_s"], "s"),
+                    _spread(one["later_durable_s"], "s"),
+                    _spread(one["x_later"], "x"),
+                    _spread(one["first_blocked_s"], "s"),
+                    _spread(one["later_blocked_s"], "s"),
+                    _contents(one, "x_later"),
+                )
+                for when, one in document["summary"].items()
+            ),
+        ),
+    ]
+
+
 def _memory(document: dict[str, Any]) -> list[str]:
     config = document["config"]
     return [
@@ -427,6 +468,7 @@ _SECTIONS = {
     "load": _Section("Load", "what the disk gives", _load),
     "cpu": _Section("Processor time", "what a save takes from others", _cpu),
     "every_step": _Section("Every step", "training that never stops saving", _every_step),
+    "first_save": _Section("First save", "what it costs that nothing is warm", _first_save),
     "memory": _Section("Memory", "what a save takes beside the state", _memory),
 }
 

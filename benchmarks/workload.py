@@ -23,6 +23,11 @@ class Size:
     columns: int
     compute_s: float
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: float32, the weight and two moments, and a counter."""
+        return self.weights * (3 * 4 * self.rows * self.columns + 4)
+
 
 FULL = Size(weights=64, rows=1366, columns=1024, compute_s=0.25)  # 256 tensors, 1.0005 GiB
 TINY = Size(weights=4, rows=256, columns=256, compute_s=0.005)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.timeout(300)  # seconds: they all run in one setup, peers that are installed too
+pytestmark = pytest.mark.timeout(600)  # seconds: all run in one setup, the peers that are installed too
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -162,6 +162,16 @@ def test_saves_at_each_step_are_right_and_reported(results: Path) -> None:
         assert row["best_s"] > max(row["quiet_s"], row["raw_s"])
         assert row["unreported"] * row["training_s"] == pytest.approx(row["lost_s"] - sum(row["blocked_s"]))
     assert len(document["targets"]) == 2 * len(document["summary"])
+
+
+def test_a_first_save_is_compared_with_later_ones_of_its_process(results: Path) -> None:
+    document = json.loads((results / "first_save.json").read_text())
+    assert [row["when"] for row in document["rows"]] == ["memory present", "at once"]
+    for row in document["rows"]:
+        assert row["contents"] == "right"
+        assert len(row["durable_s"]) == len(row["blocked_s"]) == document["config"]["saves"]
+        assert row["x_later"] == row["durable_s"][0] / sorted(row["durable_s"][1:])[1]
+        assert (row["present_s"] is not None) == (row["when"] == "memory present")
 
 
 def test_memory_is_counted_for_saves_that_were_right(results: Path) -> None:
