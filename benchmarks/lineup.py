@@ -6,6 +6,7 @@ Nothing that a peer does or leaves undone stops the run: it is out then, and the
 from __future__ import annotations
 
 import contextlib
+import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ class Lineup:
     """
 
     def __init__(self, ours: Sequence[Saver], workload: Workload, directory: Path) -> None:
+        # Some peers share memory by a file for each tensor.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
         self.cannot_run: dict[str, str] = {}
         self._workload = workload
         self._ours = list(ours)
@@ -43,7 +46,7 @@ class Lineup:
     @property
     def savers(self) -> list[Saver]:
         """Those still in the run."""
-        return [saver for saver in (*self._ours, *self._peers) if saver.name not in self.cannot_run]
+        return [*self._ours, *self._peers]
 
     def turns(self, number: int) -> list[Saver]:
         """The order in a round: every other one backwards, so that none always follows the same."""
@@ -62,13 +65,17 @@ class Lineup:
         return [row for row in rows if row["saver"] not in self.cannot_run]
 
     def close(self) -> None:
-        """Close all, those that are out too."""
+        """Close all that are still in."""
         for saver in self._ours:
             saver.close()
         for saver in self._peers:
-            # What it measured stands, however it ends.
-            with contextlib.suppress(Exception), _within(_CLOSE_DEADLINE_S):
-                saver.close()
+            self._close(saver)
+
+    @staticmethod
+    def _close(saver: Saver) -> None:
+        # What it measured stands, however it ends.
+        with contextlib.suppress(Exception), _within(_CLOSE_DEADLINE_S):
+            saver.close()
 
     @contextlib.contextmanager
     def _trying(self, name: str, deadline_s: float) -> Iterator[None]:
@@ -82,6 +89,12 @@ class Lineup:
                 reason = f"not installed ({problem.name})"
             self.cannot_run[name] = reason
             self._workload.one_thread()  # it may have been inside save()
+            out = [saver for saver in self._peers if saver.name == name]
+        else:
+            return
+        for saver in out:  # now: all that it holds, files not least, the others have to do without
+            self._peers.remove(saver)
+            self._close(saver)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -191,11 +192,13 @@ class DcpAsyncSaveProcess(DcpAsyncSave):
         # The process is started by the first save, which asks for a group, however small. No later one
         # does: whoever else saves here is to find none.
         assert not dist.is_initialized()
+        hook = sys.excepthook
         dist.init_process_group("gloo", init_method=f"file://{directory}.group", rank=0, world_size=1)
         try:
             self._save({"nothing": torch.zeros(1)}, directory / "first").wait()
         finally:
             dist.destroy_process_group()
+            sys.excepthook = hook
 
     def _make_stager(self) -> Any:
         return _default_stager(shared=True)

@@ -95,9 +95,10 @@ not where the first save is at once. *x later*: seconds until the first save is 
 later ones of that process.
 """
 _HOW_MEMORY = """
-**How.** For each size of host memory, processes of their own ({rounds} each): training makes {state} of
-state; the kernel's high-water mark of resident memory is reset; a checkpointer is made and saves {saves}
-times while training goes on; the mark is read. *Extra* is the mark less what was resident before.
+**How.** Processes of their own for each line: training makes a state; the kernel's high-water mark of
+resident memory is reset; a checkpointer is made and saves a few times while training goes on; the mark is
+read. *Extra* is the mark less what was resident before. A huge state is remembered by checksums and read back
+weight by weight, so that there is never a second one in memory.
 """
 
 
@@ -380,14 +381,14 @@ def _first_save(document: dict[str, Any]) -> list[str]:
 
 
 def _memory(document: dict[str, Any]) -> list[str]:
-    config = document["config"]
     return [
-        _HOW_MEMORY.format(rounds=config["rounds"], saves=config["saves"], state=_bytes(config["nbytes"])),
+        _HOW_MEMORY,
         _table(
-            ("With", "Host memory", "Extra at the peak", "Contents right"),
+            ("With", "State", "Host memory", "Extra at the peak", "Contents right"),
             (
                 (
                     where,
+                    _bytes(one["nbytes"]["median"]),
                     _value(one["host_memory"]["median"], "bytes"),
                     _spread(one["extra_bytes"], "bytes"),
                     _contents(one, "extra_bytes"),
@@ -395,6 +396,7 @@ def _memory(document: dict[str, Any]) -> list[str]:
                 for where, one in document["summary"].items()
             ),
         ),
+        _cannot_run(document),
     ]
 
 
@@ -427,7 +429,7 @@ def _contents(one: dict[str, Any], key: str = "durable_s") -> str:
     return f"{text}: {'; '.join(one['contents_wrong'])}" if one["contents_wrong"] else text
 
 
-def _bytes(count: int) -> str:
+def _bytes(count: float) -> str:
     return f"{count / _GIB:.2f} GiB" if count >= _GIB // 10 else f"{count / (1 << 20):.2f} MiB"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,6 +106,10 @@ class Asyncckpt:
     def load(self, step: int) -> dict[str, torch.Tensor]:
         return DcpReader(self._workload).read(self.directory(step))
 
+    def load_each(self, step: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same, with memory for one weight at a time."""
+        return DcpReader(self._workload).each(self.directory(step))
+
     def resume(self, step: int) -> Resume:
         """Load into the live tensors."""
         return self._checkpointer.load(step)
@@ -149,10 +153,20 @@ class DcpReader:
         self.fill(target, directory)
         return dict(tensors_of(target))
 
-    def target(self) -> dict[str, Any]:
-        """Tensors to load into, which hold nothing yet."""
+    def each(self, directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same, weight by weight: with memory for one at a time."""
+        for weight in list(self._workload.tree()["model"]):
+            target = self.target(weight)
+            self.fill(target, directory)
+            yield from tensors_of(target)
+
+    def target(self, weight: str | None = None) -> dict[str, Any]:
+        """Tensors to load into, which hold nothing yet; of all weights, or of one."""
         tree = self._workload.tree()
-        wanted = {"model": tree["model"], "optimizer": {"state": tree["optimizer"]["state"]}}
+        model, state = tree["model"], tree["optimizer"]["state"]
+        if weight is not None:
+            model, state = {weight: model[weight]}, {weight: state[weight]}
+        wanted = {"model": model, "optimizer": {"state": state}}
         made: dict[str, Any] = _map(wanted, lambda tensor: torch.full_like(tensor, float("nan")))
         return made
 

@@ -181,6 +181,20 @@ def test_memory_is_counted_for_saves_that_were_right(results: Path) -> None:
         assert row["extra_bytes"] > 0
         assert row["over_bytes"] == row["extra_bytes"] - row["host_memory"]
     assert len(document["targets"]) == len(document["summary"])
+    assert not document["cannot_run"]
+    assert "host_memory = state / 10, huge state" in document["summary"]
+
+
+def test_a_huge_state_is_left_out_where_it_has_no_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import machine, memory
+
+    monkeypatch.setattr(machine, "available_bytes", lambda: 4 << 30)
+    small, huge = memory.CASES[0], memory.CASES[-1]
+    assert small.cannot_run(tmp_path) is None
+    assert huge.cannot_run(tmp_path) == "4096 MiB of memory are available, 13317 MiB are needed"
 
 
 def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
@@ -251,11 +265,12 @@ def test_the_committed_limits_are_of_targets_of_the_committed_results(
     )
 
 
-def test_wrong_contents_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by", ["Copies", "Checksums"])
+def test_wrong_contents_are_called_wrong(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.workload import TINY, Workload
+    from benchmarks import workload as workloads
 
-    workload = Workload(TINY)
+    workload = workloads.Workload(workloads.TINY, getattr(workloads, by)())
     try:
         workload.remember()
         kept = {name: tensor.clone() for name, tensor in workload.tensors()}
