@@ -1,4 +1,4 @@
-"""The results as a page: docs/benchmarks.md. Every number in it comes from the JSON.
+"""The results as a page, docs/benchmarks.md, and its pictures. Every number in it comes from the JSON.
 
 python -m benchmarks.render [--results DIRECTORY] [--out FILE]
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import limits, machine
+from . import limits, machine, plots
 from .results import RESULTS
 
 _PAGE = machine.ROOT / "docs" / "benchmarks.md"
@@ -102,8 +102,8 @@ weight by weight, so that there is never a second one in memory.
 """
 
 
-def page(documents: dict[str, dict[str, Any]]) -> str:
-    """The whole page, from the documents by name."""
+def page(documents: dict[str, dict[str, Any]], pictures: str = _PAGE.stem) -> str:
+    """The whole page, from the documents by name; `pictures` is the directory of its pictures beside it."""
     parts = [_HEAD]
     if any(document["tiny"] for document in documents.values()):
         parts.append(
@@ -117,6 +117,8 @@ def page(documents: dict[str, dict[str, Any]]) -> str:
             parts.append(f"## {section.title}: {section.subject}\n")
             parts.append(machine_line(documents[name]["machine"]))
             parts += section.body(documents[name])
+            if name in plots.PICTURES:
+                parts.append(f"![{plots.ALT[name]}]({pictures}/{name}.svg)\n")
     return "\n".join(parts)
 
 
@@ -476,12 +478,14 @@ _SECTIONS = {
 
 
 def render(results: Path, out: Path) -> None:
-    """Write the page for the documents in a directory."""
+    """Write the page for the documents in a directory, and its pictures into one of its name beside it."""
     documents = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     if not documents:
         raise SystemExit(f"{results} holds no results: run `make bench` first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(documents))
+    pictures = out.with_suffix("")
+    out.write_text(page(documents, pictures.name))
+    plots.draw(documents, pictures)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -200,7 +200,13 @@ def test_a_huge_state_is_left_out_where_it_has_no_room(
 def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
     run("benchmarks.render", "--results", str(results), "--out", str(tmp_path / "page.md"))
     page = (tmp_path / "page.md").read_text()
-    assert page == (results / "benchmarks.md").read_text()
+    assert page.replace("(page/", "(benchmarks/") == (results / "benchmarks.md").read_text()
+    pictures = {path.name for path in (tmp_path / "page").iterdir()}
+    assert pictures == {"stall.svg", "many_tensors.svg", "write.svg", "load.svg"}
+    for name in pictures:
+        drawn = (tmp_path / "page" / name).read_bytes()
+        assert drawn == (results / "benchmarks" / name).read_bytes()
+        assert f"](page/{name})" in page
     stall = json.loads((results / "stall.json").read_text())
     for name in (*stall["summary"], *stall["cannot_run"]):
         assert name in page
