@@ -109,7 +109,7 @@ def target(
     """A promise beside its summary; kept if the median is within the limit.
 
     `what` and `where` are its name, the same in every full run. `beside` is what it was measured against,
-    where that is found in the run only. Units: as `render` knows them.
+    where that is found in the run only. Units: those of `cells.value`.
     """
     return {
         "what": what,
