@@ -49,7 +49,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
-    rounds = options.rounds_or(5)
+    rounds = options.rounds_or(3)
     ours = Asyncckpt(OURS, workload, scratch / "ours", workload.nbytes + (64 << 20))
     lineup = Lineup([ours], workload, scratch)
     rows: list[dict[str, Any]] = []

@@ -2,7 +2,8 @@
 
 The same bytes in ever more leaves: what training waits for must be the work of a copy, not of a loop over
 leaves. Each save is measured as in stall.py, training goes on, and what was saved is compared with the
-state at the call. Of the largest state, peers save twice, and once if a save takes very long.
+state at the call. The more leaves, the longer peers take, and the fewer rounds they get: one, if a save
+takes very long.
 
     blocked     seconds inside save(), and in the optimizer's hooks afterwards; timed from outside
 
@@ -31,18 +32,20 @@ DCP, MEGATRON = "asyncckpt", "asyncckpt, megatron"
 SAVERS = (DCP, MEGATRON, *PEERS)
 MEGATRON_TARGET_RATIO = 2.0
 BEST_PEER_TARGET_RATIO = 0.2  # five times less
-_MANY = 10_000  # leaves from which on peers take seconds for a save, and get fewer rounds
-_FEW = 2
-_SLOW_S = 20.0
+_SLOW_S = 20.0  # a peer that takes longer for a save does not get another of that state
 _ARENA_BYTES = 128 << 20  # twice the state: here, nothing is to wait for the disk
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A state of some leaves (four for each weight), and how long a save of it may block."""
+    """A state of some leaves (four for each weight), and how long a save of it may block.
+
+    `peer_rounds` is how often peers save it at most: the more leaves, the longer they take.
+    """
 
     size: Size
     target_s: float
+    peer_rounds: int
 
     @property
     def leaves(self) -> int:
@@ -50,14 +53,14 @@ class Scale:
 
 
 FULL = (  # 64 MiB each
-    Scale(Size(weights=64, rows=256, columns=341, compute_s=0.05), target_s=0.005),
-    Scale(Size(weights=1024, rows=64, columns=85, compute_s=0.05), target_s=0.010),
-    Scale(Size(weights=12_500, rows=8, columns=56, compute_s=0.05), target_s=0.060),
+    Scale(Size(weights=64, rows=256, columns=341, compute_s=0.05), target_s=0.005, peer_rounds=5),
+    Scale(Size(weights=1024, rows=64, columns=85, compute_s=0.05), target_s=0.010, peer_rounds=4),
+    Scale(Size(weights=12_500, rows=8, columns=56, compute_s=0.05), target_s=0.060, peer_rounds=2),
 )
 TINY = (
-    Scale(Size(weights=2, rows=64, columns=64, compute_s=0.005), target_s=0.005),
-    Scale(Size(weights=8, rows=8, columns=64, compute_s=0.005), target_s=0.010),
-    Scale(Size(weights=16, rows=8, columns=32, compute_s=0.005), target_s=0.060),
+    Scale(Size(weights=2, rows=64, columns=64, compute_s=0.005), target_s=0.005, peer_rounds=2),
+    Scale(Size(weights=8, rows=8, columns=64, compute_s=0.005), target_s=0.010, peer_rounds=2),
+    Scale(Size(weights=16, rows=8, columns=32, compute_s=0.005), target_s=0.060, peer_rounds=1),
 )
 
 
@@ -80,12 +83,20 @@ def run(options: Options) -> dict[str, Any]:
         summaries = {
             saver: _summarise(found, saver) for saver in dict.fromkeys(row["saver"] for row in found)
         }
-        sizes.append({"leaves": scale.leaves, "nbytes": workload.nbytes, "summary": summaries})
+        sizes.append(
+            {
+                "leaves": scale.leaves,
+                "peer_rounds": scale.peer_rounds,
+                "nbytes": workload.nbytes,
+                "summary": summaries,
+            }
+        )
         targets += _targets(scale, summaries, found)
-        cannot |= {saver: f"{scale.leaves:,} leaves: {why}" for saver, why in cannot_run.items()}
+        # The fewest leaves that it could not save.
+        cannot = {saver: f"{scale.leaves:,} leaves: {why}" for saver, why in cannot_run.items()} | cannot
         rows += found
     return document | {
-        "config": {"rounds": options.rounds_or(10), "arena_bytes": _ARENA_BYTES},
+        "config": {"rounds": options.rounds_or(10), "slow_s": _SLOW_S, "arena_bytes": _ARENA_BYTES},
         "targets": targets,
         "cannot_run": cannot,
         "sizes": sizes,
@@ -102,18 +113,17 @@ def _measure(
     ]
     lineup = Lineup(ours, workload, scratch)
     rounds = options.rounds_or(10)
-    few = min(_FEW, rounds) if scale.leaves >= _MANY else rounds
     slow: set[str] = set()
     rows: list[dict[str, Any]] = []
     try:
         for number in range(rounds + 1):  # the first warms up ours; peers come warm
             for saver in lineup.turns(number):
-                if saver not in ours and (not 1 <= number <= few or saver.name in slow):
+                if saver not in ours and (not 1 <= number <= scale.peer_rounds or saver.name in slow):
                     continue
                 found = lineup.measure(saver, partial(measure, workload, saver, number + 1))
                 if found is None:
                     continue
-                if scale.leaves >= _MANY and found["durable_s"] > _SLOW_S:
+                if saver not in ours and found["durable_s"] > _SLOW_S:
                     slow.add(saver.name)
                 row = {"leaves": scale.leaves, "round": number, **found}
                 print(

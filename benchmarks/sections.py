@@ -29,10 +29,11 @@ new preallocated file, fsync; training is idle then. A peer that does not answer
 """
 _HOW_MANY_TENSORS = """
 **How.** Saves under training as above, {rounds} rounds after one to warm up, of states that have about the
-same bytes in ever more leaves: four for each weight. Of the largest, peers save twice, and once if a save
-takes very long. The host memory is {arena}, so that nothing waits for the disk. *Blocked* is the time
-inside the call, and what optimizer hooks made the step wait afterwards, both timed from outside. Contents
-are compared after training changed every tensor.
+same bytes in ever more leaves: four for each weight. The more leaves, the longer peers take, and the fewer
+rounds they get: {peer_rounds}, and no other if a save took more than {slow_s:.0f} s. The host memory is
+{arena}, so that nothing waits for the disk. *Blocked* is the time inside the call, and what optimizer hooks
+made the step wait afterwards, both timed from outside. Contents are compared after training changed every
+tensor.
 """
 _HOW_WRITE = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
@@ -178,7 +179,12 @@ def _write(document: dict[str, Any]) -> list[str]:
 def _many_tensors(document: dict[str, Any]) -> list[str]:
     config = document["config"]
     return [
-        _HOW_MANY_TENSORS.format(rounds=config["rounds"], arena=size(config["arena_bytes"])),
+        _HOW_MANY_TENSORS.format(
+            rounds=config["rounds"],
+            peer_rounds=", ".join(str(scale["peer_rounds"]) for scale in document["sizes"]),
+            slow_s=config["slow_s"],
+            arena=size(config["arena_bytes"]),
+        ),
         "### Beside the peers\n",
         table(
             ("Leaves", "State", "Saver", "Blocked", "x layout dcp", "Durable", "Contents right"),

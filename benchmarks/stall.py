@@ -99,7 +99,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
-    rounds = options.rounds_or(10)
+    rounds = options.rounds_or(8)
     disk = RawDisk(scratch)
     whole = Asyncckpt(OURS[0], workload, scratch / "whole", workload.nbytes + (64 << 20))
     part = Asyncckpt(OURS[1], workload, scratch / "part", workload.nbytes // _SMALL_PART)

@@ -122,6 +122,7 @@ def test_many_tensors_verifies_every_save_at_every_size(results: Path) -> None:
     for size in document["sizes"]:
         for name in ("asyncckpt", "asyncckpt, megatron", "torch.save"):
             assert size["summary"][name]["contents_right"] == size["summary"][name]["x_dcp"]["count"]
+        assert size["summary"]["torch.save"]["x_dcp"]["count"] <= size["peer_rounds"]
         assert size["summary"]["asyncckpt"]["x_dcp"]["max"] == 1
     assert len(document["targets"]) == 3 * len(leaves)
 
