@@ -16,6 +16,7 @@ MEGATRON ?= megatron-core==0.16.1
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PEERS ?= torchsnapshot torch_checkpointing dlrover
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -31,7 +32,7 @@ demo: $(VENV)/.installed
 test: lint $(VENV)/.warnings-checked
 	$(PY) -m pytest -q $(PYTEST_ARGS)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.peers
 	$(PY) -m pytest -q benchmarks --benchmark-only $(BENCH_ARGS)
 
 lint: $(VENV)/.installed
@@ -68,6 +69,18 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py constraints.txt $(NAT
 	$(PIP) install -q $(CONSTRAINTS) --no-build-isolation -e '.[test,bench,examples]'
 	$(PIP) install -q $(CONSTRAINTS) --no-deps '$(MEGATRON)' packaging einops psutil
 	@touch $@
+
+# What benchmarks compare with, each with what it needs here and without its other dependencies, which would
+# choose among torch's wheels anew. One that cannot be had is shown as not installed, and tried again next time.
+torchsnapshot := torchsnapshot==0.1.0 aiofiles==25.1.0 importlib_metadata==8.9.0 nest_asyncio==1.6.0 \
+	PyYAML==6.0.4 zipp==4.1.2
+torch_checkpointing := torch_checkpointing==0.1.1 safetensors==0.8.0
+dlrover := dlrover==0.6.1 certifi==2026.10.19.post1 charset_normalizer==3.5.3 grpcio==1.85.3 idna==3.20 \
+	requests==2.34.2 urllib3==2.8.0
+
+$(VENV)/.peers: $(VENV)/.installed
+	@all=yes; $(foreach peer,$(PEERS),$(PIP) install -q --no-deps $($(peer)) || all=no;) \
+	test $$all = no || touch $@
 
 # Compiles csrc/ once more with -Wall -Wextra -Werror; the module it links is not the installed one.
 $(VENV)/.warnings-checked: $(VENV)/.installed

@@ -1,27 +1,33 @@
 """What processor time a save takes: what it must steal from training's loaders, or from training itself.
 
-Training is idle, so that all that the process spends between the call and durable is the save's. Our
+Training is idle, so that all that the process spends between the call and durable is the save's, and so is
+what the processes spend that some peers write with; of these the kernel tells hundredths of a second. Our
 checksums are in it; the peers make none. What the kernel writes back on threads of its own, for whoever
 writes through the page cache, is in nobody's account: it flatters the peers.
 
-    cpu_s_per_gib   seconds on processors, user and system, all threads of this process, for each GiB saved
+    cpu_s_per_gib   seconds on processors, user and system, all threads and processes, for each GiB saved
 
     python -m benchmarks.cpu [--tiny] [--dir DISK] [--out DIRECTORY] [--rounds COUNT]
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 from . import machine
+from .lineup import Lineup
+from .peers import PEERS
 from .raw_disk import settle
 from .results import Options, summary, target
-from .savers import PEERS, Asyncckpt, Saver, peers
+from .savers import Asyncckpt, Saver
 from .workload import FULL, TINY, Workload
 
 TARGET_S_PER_GIB = 0.25
@@ -43,35 +49,38 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
+    rounds = options.rounds_or(3)
     ours = Asyncckpt(OURS, workload, scratch / "ours", workload.nbytes + (64 << 20))
-    others, cannot = peers(workload, scratch)
-    savers: list[Saver] = [ours, *others]
+    lineup = Lineup([ours], workload, scratch)
     rows: list[dict[str, Any]] = []
     try:
-        for number in range(options.rounds + 1):  # the first warms up
-            for saver in savers:
-                row = {"round": number, **_measure(workload, saver, number + 1)}
+        for number in range(rounds + 1):  # the first warms up
+            for saver in lineup.turns(number):
+                found = lineup.measure(saver, partial(_measure, workload, saver, number + 1))
+                if found is None:
+                    continue
+                row = {"round": number, **found}
                 print(
-                    f"cpu {number}/{options.rounds} {saver.name}: {row['cpu_s_per_gib']:.3f} s per GiB, "
+                    f"cpu {number}/{rounds} {saver.name}: {row['cpu_s_per_gib']:.3f} s per GiB, "
                     f"contents {row['contents']}",
                     file=sys.stderr,
                 )
                 if number:
                     rows.append(row)
     finally:
-        for saver in savers:
-            saver.close()
+        lineup.close()
+    rows = lineup.kept(rows)
     summaries = {
-        saver.name: _summarise([row for row in rows if row["saver"] == saver.name]) for saver in savers
+        saver.name: _summarise([row for row in rows if row["saver"] == saver.name]) for saver in lineup.savers
     }
     measured = summaries[OURS]["cpu_s_per_gib"]
     return {
         "benchmark": "cpu",
         "tiny": options.tiny,
         "machine": facts,
-        "config": {"nbytes": workload.nbytes, "rounds": options.rounds},
+        "config": {"nbytes": workload.nbytes, "rounds": rounds},
         "targets": [target("processor time per GiB", "checksums included", "s", TARGET_S_PER_GIB, measured)],
-        "cannot_run": cannot,
+        "cannot_run": lineup.cannot_run,
         "summary": summaries,
         "rows": rows,
     }
@@ -83,10 +92,10 @@ def _measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
     workload.remember()
     settle()
     workload.all_threads()
-    began_s, cpu_began_s = time.perf_counter(), time.process_time()
+    began_s, cpu_began_s = time.perf_counter(), _cpu_s()
     pending = saver.save(step)
     pending.wait()
-    cpu_s = time.process_time() - cpu_began_s
+    cpu_s = _cpu_s() - cpu_began_s
     workload.one_thread()
     row = {
         "saver": saver.name,
@@ -97,6 +106,16 @@ def _measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
     }
     saver.delete(step)
     return row
+
+
+def _cpu_s() -> float:
+    """What this process and those that it has started have spent so far; none of them ends in between."""
+    ticks = 0
+    for process in active_children():
+        # proc(5): fields 14 and 15; the second, a name in parentheses, may hold blanks
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -59,6 +60,20 @@ def require_room(directory: Path, needed_bytes: int) -> None:
         raise SystemExit(
             f"{directory} has {free >> 20} MiB free, {needed_bytes >> 20} MiB are needed: give --dir"
         )
+
+
+def available_bytes() -> int:
+    """What new processes can have without swapping, by proc(5), meminfo."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
+
+
+def process_bytes(name: str) -> int:
+    """What this process has of it by proc(5), status: VmRSS, VmHWM."""
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) << 10
 
 
 def _cpu_model() -> str:

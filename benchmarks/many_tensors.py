@@ -2,7 +2,8 @@
 
 The same bytes in ever more leaves: what training waits for must be the work of a copy, not of a loop over
 leaves. Each save is measured as in stall.py, training goes on, and what was saved is compared with the
-state at the call. Peers that need seconds for a save of the largest take fewer rounds there.
+state at the call. The more leaves, the longer peers take, and the fewer rounds they get: one, if a save
+takes very long.
 
     blocked     seconds inside save(), and in the optimizer's hooks afterwards; timed from outside
 
@@ -15,28 +16,36 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import machine
-from .results import Options, summary, target
-from .savers import PEERS, Asyncckpt, AsyncckptMegatron, Saver, peers
+from .lineup import Lineup
+from .peers import PEERS
+from .results import Options, best_peer_target, summary, target
+from .savers import Asyncckpt, AsyncckptMegatron, Saver
 from .stall import measure
 from .workload import Size, Workload
 
 DCP, MEGATRON = "asyncckpt", "asyncckpt, megatron"
 SAVERS = (DCP, MEGATRON, *PEERS)
 MEGATRON_TARGET_RATIO = 2.0
-_MANY = 10_000  # leaves from which on peers take seconds for a save
+BEST_PEER_TARGET_RATIO = 0.2  # five times less
+_SLOW_S = 20.0  # a peer that takes longer for a save does not get another of that state
 _ARENA_BYTES = 128 << 20  # twice the state: here, nothing is to wait for the disk
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A state of some leaves (four for each weight), and how long a save of it may block."""
+    """A state of some leaves (four for each weight), and how long a save of it may block.
+
+    `peer_rounds` is how often peers save it at most: the more leaves, the longer they take.
+    """
 
     size: Size
     target_s: float
+    peer_rounds: int
 
     @property
     def leaves(self) -> int:
@@ -44,14 +53,14 @@ class Scale:
 
 
 FULL = (  # 64 MiB each
-    Scale(Size(weights=64, rows=256, columns=341, compute_s=0.05), target_s=0.005),
-    Scale(Size(weights=1024, rows=64, columns=85, compute_s=0.05), target_s=0.010),
-    Scale(Size(weights=12_500, rows=8, columns=56, compute_s=0.05), target_s=0.060),
+    Scale(Size(weights=64, rows=256, columns=341, compute_s=0.05), target_s=0.005, peer_rounds=5),
+    Scale(Size(weights=1024, rows=64, columns=85, compute_s=0.05), target_s=0.010, peer_rounds=4),
+    Scale(Size(weights=12_500, rows=8, columns=56, compute_s=0.05), target_s=0.060, peer_rounds=2),
 )
 TINY = (
-    Scale(Size(weights=2, rows=64, columns=64, compute_s=0.005), target_s=0.005),
-    Scale(Size(weights=8, rows=8, columns=64, compute_s=0.005), target_s=0.010),
-    Scale(Size(weights=16, rows=8, columns=32, compute_s=0.005), target_s=0.060),
+    Scale(Size(weights=2, rows=64, columns=64, compute_s=0.005), target_s=0.005, peer_rounds=2),
+    Scale(Size(weights=8, rows=8, columns=64, compute_s=0.005), target_s=0.010, peer_rounds=2),
+    Scale(Size(weights=16, rows=8, columns=32, compute_s=0.005), target_s=0.060, peer_rounds=1),
 )
 
 
@@ -74,12 +83,20 @@ def run(options: Options) -> dict[str, Any]:
         summaries = {
             saver: _summarise(found, saver) for saver in dict.fromkeys(row["saver"] for row in found)
         }
-        sizes.append({"leaves": scale.leaves, "nbytes": workload.nbytes, "summary": summaries})
-        targets += _targets(scale, summaries)
-        cannot |= {saver: f"{scale.leaves:,} leaves: {why}" for saver, why in cannot_run.items()}
+        sizes.append(
+            {
+                "leaves": scale.leaves,
+                "peer_rounds": scale.peer_rounds,
+                "nbytes": workload.nbytes,
+                "summary": summaries,
+            }
+        )
+        targets += _targets(scale, summaries, found)
+        # The fewest leaves that it could not save.
+        cannot = {saver: f"{scale.leaves:,} leaves: {why}" for saver, why in cannot_run.items()} | cannot
         rows += found
     return document | {
-        "config": {"rounds": options.rounds, "arena_bytes": _ARENA_BYTES},
+        "config": {"rounds": options.rounds_or(10), "slow_s": _SLOW_S, "arena_bytes": _ARENA_BYTES},
         "targets": targets,
         "cannot_run": cannot,
         "sizes": sizes,
@@ -94,24 +111,31 @@ def _measure(
         Asyncckpt(DCP, workload, scratch / "dcp", _ARENA_BYTES),
         AsyncckptMegatron(MEGATRON, workload, scratch / "megatron", _ARENA_BYTES),
     ]
-    others, cannot = peers(workload, scratch)
-    few = max(1, options.rounds // 5) if scale.leaves >= _MANY else options.rounds
+    lineup = Lineup(ours, workload, scratch)
+    rounds = options.rounds_or(10)
+    slow: set[str] = set()
     rows: list[dict[str, Any]] = []
     try:
-        for number in range(options.rounds + 1):  # the first warms up ours; peers come warm
-            for saver in ours + (others if 1 <= number <= few else []):
-                row = {"leaves": scale.leaves, "round": number, **measure(workload, saver, number + 1)}
+        for number in range(rounds + 1):  # the first warms up ours; peers come warm
+            for saver in lineup.turns(number):
+                if saver not in ours and (not 1 <= number <= scale.peer_rounds or saver.name in slow):
+                    continue
+                found = lineup.measure(saver, partial(measure, workload, saver, number + 1))
+                if found is None:
+                    continue
+                if saver not in ours and found["durable_s"] > _SLOW_S:
+                    slow.add(saver.name)
+                row = {"leaves": scale.leaves, "round": number, **found}
                 print(
-                    f"many_tensors {scale.leaves} {number}/{options.rounds} {saver.name}: "
+                    f"many_tensors {scale.leaves} {number}/{rounds} {saver.name}: "
                     f"blocked {row['blocked_s'] * 1e3:.1f} ms, contents {row['contents']}",
                     file=sys.stderr,
                 )
                 if number:
                     rows.append(row)
     finally:
-        for saver in (*ours, *others):
-            saver.close()
-    return rows, cannot
+        lineup.close()
+    return lineup.kept(rows), lineup.cannot_run
 
 
 def _summarise(rows: list[dict[str, Any]], saver: str) -> dict[str, Any]:
@@ -126,11 +150,12 @@ def _summarise(rows: list[dict[str, Any]], saver: str) -> dict[str, Any]:
     return result
 
 
-def _targets(scale: Scale, summaries: dict[str, Any]) -> list[dict[str, Any]]:
+def _targets(scale: Scale, summaries: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     where = f"{scale.leaves:,} leaves"
     megatron = summaries[MEGATRON]["x_dcp"]
     return [
         target("blocked per save", f"{where}, layout dcp", "s", scale.target_s, summaries[DCP]["blocked_s"]),
+        best_peer_target(f"{where}, layout dcp", BEST_PEER_TARGET_RATIO, rows, DCP, PEERS),
         target(
             "blocked beside layout dcp", f"{where}, layout megatron", "x", MEGATRON_TARGET_RATIO, megatron
         ),

@@ -16,6 +16,7 @@ from typing import Any
 from . import machine
 
 RESULTS = machine.ROOT / "benchmarks" / "results"
+_TINY_ROUNDS = 2
 _TINY_RESULTS = machine.ROOT / "build" / "benchmarks-tiny"
 
 
@@ -27,13 +28,13 @@ class Options:
         directory: files are written in a fresh directory in here, and deleted.
         out: where the JSON goes.
         tiny: seconds instead of minutes, and figures that mean nothing: does it run?
-        rounds: how often everything is measured.
+        rounds: how often everything is measured; None for what each script finds enough.
     """
 
     directory: Path
     out: Path
     tiny: bool
-    rounds: int
+    rounds: int | None
 
     @classmethod
     def make(
@@ -49,8 +50,12 @@ class Options:
             directory or machine.ROOT.parent,
             out or (_TINY_RESULTS if tiny else RESULTS),
             tiny,
-            rounds or (2 if tiny else 10),
+            rounds,
         )
+
+    def rounds_or(self, full: int) -> int:
+        """How often to measure; `full` is what a full run needs for figures that mean something."""
+        return self.rounds or (min(full, _TINY_ROUNDS) if self.tiny else full)
 
     @classmethod
     def parse(cls, description: str, arguments: Sequence[str] | None) -> Options:
@@ -59,7 +64,7 @@ class Options:
         parser.add_argument("--dir", type=Path, help="scratch, on the disk to measure (beside the checkout)")
         parser.add_argument("--out", type=Path, help="directory for the JSON (benchmarks/results)")
         parser.add_argument("--tiny", action="store_true", help="does it run? The figures mean nothing")
-        parser.add_argument("--rounds", type=int, help="how often everything is measured")
+        parser.add_argument("--rounds", type=int, help="how often everything is measured (each has its own)")
         given = parser.parse_args(arguments)
         return cls.make(directory=given.dir, out=given.out, tiny=given.tiny, rounds=given.rounds)
 
@@ -98,13 +103,39 @@ def summary(values: Iterable[float]) -> dict[str, float]:
     }
 
 
-def target(what: str, where: str, unit: str, limit: float, measured: dict[str, float]) -> dict[str, Any]:
-    """A promise beside its summary; kept if the median is within the limit. Units: see `render.value`."""
+def target(
+    what: str, where: str, unit: str, limit: float, measured: dict[str, float], beside: str | None = None
+) -> dict[str, Any]:
+    """A promise beside its summary; kept if the median is within the limit.
+
+    `what` and `where` are its name, the same in every full run. `beside` is what it was measured against,
+    where that is found in the run only. Units: those of `cells.value`.
+    """
     return {
         "what": what,
         "where": where,
         "unit": unit,
         "limit": limit,
         "measured": measured,
+        "beside": beside,
         "met": measured["median"] <= limit,
     }
+
+
+def best_peer_target(
+    where: str, limit: float, rows: Sequence[dict[str, Any]], ours: str, peers: Iterable[str]
+) -> dict[str, Any]:
+    """Blocked beside the peer whose median is the lowest, pair by pair: ours and the peer's of a round.
+
+    A peer that ever saved something else than the state at the call is no peer here.
+    """
+    blocked: dict[str, dict[int, float]] = {}
+    wrong = set()
+    for row in rows:
+        blocked.setdefault(row["saver"], {})[row["round"]] = row["blocked_s"]
+        if row["contents"] != "right":
+            wrong.add(row["saver"])
+    right = [name for name in peers if name in blocked and name not in wrong]
+    best = min(right, key=lambda name: statistics.median(blocked[name].values()))
+    ratio = summary(blocked[ours][number] / peer_s for number, peer_s in blocked[best].items())
+    return target("blocked beside the best peer", where, "x", limit, ratio, beside=best)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,14 @@ class Size:
     columns: int
     compute_s: float
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors: float32, the weight and two moments, and a counter."""
+        return self.weights * (3 * 4 * self.rows * self.columns + 4)
+
 
 FULL = Size(weights=64, rows=1366, columns=1024, compute_s=0.25)  # 256 tensors, 1.0005 GiB
+HUGE = Size(weights=640, rows=1366, columns=1024, compute_s=0.25)  # ten times as much
 TINY = Size(weights=4, rows=256, columns=256, compute_s=0.005)
 
 
@@ -36,6 +43,52 @@ class StepTime:
     fence_s: float
 
 
+class Copies:
+    """Remembers tensors by copies of them, which take as much memory again."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, torch.Tensor] = {}
+
+    def keep(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """These are the ones, as they are now; with the same names each time."""
+        for name, tensor in tensors:
+            if name in self._copies:
+                self._copies[name].copy_(tensor)
+            else:
+                self._copies[name] = tensor.clone()
+
+    def names(self) -> KeysView[str]:
+        """Of what is kept."""
+        return self._copies.keys()
+
+    def same(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether it is what was kept, bit for bit."""
+        return name in self._copies and torch.equal(tensor, self._copies[name])
+
+
+class Checksums:
+    """Remembers tensors by their CRC, which takes no memory but time."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[torch.Size, int]] = {}
+
+    def keep(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """These are the ones, as they are now."""
+        self._sums = {name: self._sum(tensor) for name, tensor in tensors}
+
+    def names(self) -> KeysView[str]:
+        """Of what is kept."""
+        return self._sums.keys()
+
+    def same(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether it has the shape and the CRC of what was kept."""
+        return self._sums.get(name) == self._sum(tensor)
+
+    @staticmethod
+    def _sum(tensor: torch.Tensor) -> tuple[torch.Size, int]:
+        return tensor.shape, zlib.crc32(tensor.detach().contiguous().reshape(-1).numpy().data)
+
+
 class Workload:
     """One-thread matmul for a fixed number of rounds, then AdamW over every weight.
 
@@ -43,16 +96,19 @@ class Workload:
     the threads it starts with, because the peers' copies use them.
     """
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, remembered: Copies | Checksums | None = None) -> None:
         self.size = size
+        self._remembered = remembered or Copies()
         self._threads = torch.get_num_threads()
         torch.manual_seed(0)
         with torch.no_grad():
             layers = [torch.nn.Linear(size.columns, size.rows, bias=False) for _ in range(size.weights)]
         self.model = torch.nn.Sequential(*layers)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        gradient = torch.randn(size.rows, size.columns)
         for parameter in self.model.parameters():
-            parameter.grad = torch.randn_like(parameter)
+            # Checksums are for states that leave no room for anything else: one gradient does for all.
+            parameter.grad = gradient if isinstance(remembered, Checksums) else torch.randn_like(parameter)
         self._operand = torch.randn(512, 512)
         self._product = torch.empty(512, 512)
         # Hooks for all optimizers run before those of one: what lies between the two is the fence.
@@ -66,7 +122,9 @@ class Workload:
         self._matmuls = 1
         self._matmuls = max(1, round(size.compute_s / min(self._compute() for _ in range(50))))
         self.optimizer.step()  # makes the moments
-        self._reference = {name: tensor.clone() for name, tensor in self.tensors()}
+        self.nbytes = sum(tensor.nbytes for _, tensor in self.tensors())
+        self.tensor_count = sum(1 for _ in self.tensors())
+        self.remember()
 
     def _enter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._entered_s = time.perf_counter()
@@ -121,20 +179,9 @@ class Workload:
         """The tensors of the state by name."""
         return tensors_of(self.tree())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self._reference.values())
-
-    @property
-    def tensor_count(self) -> int:
-        """How many tensors."""
-        return len(self._reference)
-
     def remember(self) -> None:
-        """Keep a copy of the state as it is now: what the next save has to have saved."""
-        for name, tensor in self.tensors():
-            self._reference[name].copy_(tensor)
+        """Keep what the state is now: what the next save has to have saved."""
+        self._remembered.keep(self.tensors())
 
     def adopt(self, loaded: Mapping[str, torch.Tensor]) -> None:
         """Go on from another state."""
@@ -144,9 +191,14 @@ class Workload:
 
     def judge(self, loaded: Mapping[str, torch.Tensor]) -> str:
         """ "right" if `loaded` is what was remembered, bit for bit; else what is wrong."""
-        if loaded.keys() != self._reference.keys():
-            return f"wrong names: {sorted(loaded.keys() ^ self._reference.keys())[:3]}"
-        wrong = [name for name, value in self._reference.items() if not torch.equal(loaded[name], value)]
+        return self.judge_each(loaded.items())
+
+    def judge_each(self, loaded: Iterable[tuple[str, torch.Tensor]]) -> str:
+        """The same for tensors of which not all are there at a time."""
+        found = {name: self._remembered.same(name, tensor) for name, tensor in loaded}
+        if found.keys() != self._remembered.names():
+            return f"wrong names: {sorted(found.keys() ^ self._remembered.names())[:3]}"
+        wrong = [name for name in self._remembered.names() if not found[name]]
         return f"wrong values in {len(wrong)} tensors, {wrong[0]} first" if wrong else "right"
 
 

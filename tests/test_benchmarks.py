@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # seconds: all run in one setup, the peers that are installed too
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -44,7 +49,63 @@ def test_stall_verifies_every_save_of_ours_and_of_the_peers(results: Path) -> No
         assert row["raw"]["nbytes"] >= document["config"]["nbytes"]
         assert row["blocked_s"] == row["call_s"] + row["fence_s"]
         assert 0 < row["call_s"] < row["durable_s"] + 1e-3
-    assert len(document["summary"]) + len(document["cannot_run"]) == 7
+    assert len(document["summary"]) + len(document["cannot_run"]) == 11
+
+
+def test_a_peer_that_fails_or_hangs_is_out_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import lineup
+    from benchmarks.workload import TINY, Workload
+
+    class Pending:
+        def __init__(self, wait: Callable[[], None]) -> None:
+            self.wait = wait
+
+    class Peer:
+        def __init__(self, name: str, workload: Workload, directory: Path) -> None:
+            self.name = name
+
+        def save(self, step: int) -> Pending:
+            assert self.name != "fails", "no disk"
+            return Pending(threading.Event().wait if self.name == "hangs" else lambda: None)
+
+        def delete(self, step: int) -> None:
+            pass
+
+        def close(self) -> None:
+            raise RuntimeError("what was measured stands")
+
+    def fails_later() -> dict[str, Any]:
+        raise OSError("no disk any more")
+
+    monkeypatch.setattr(lineup, "PEERS", dict.fromkeys(("fails", "hangs", "works", "fails later"), Peer))
+    monkeypatch.setattr(lineup, "DEADLINE_S", 0.2)
+    workload = Workload(TINY)
+    try:
+        ours: Any = Peer("ours", workload, tmp_path)
+        found = lineup.Lineup([ours], workload, tmp_path)
+        assert found.cannot_run == {
+            "fails": "AssertionError: no disk",
+            "hangs": "TimeoutError: no answer within 0.2 s",
+        }
+        assert [saver.name for saver in found.turns(0)] == ["ours", "works", "fails later"]
+        assert [saver.name for saver in found.turns(1)] == ["fails later", "works", "ours"]
+        assert found.measure(found.savers[1], lambda: {"saver": "works"}) == {"saver": "works"}
+        assert found.measure(found.savers[2], fails_later) is None
+        assert found.cannot_run["fails later"] == "OSError: no disk any more"
+        assert found.kept([{"saver": "works"}, {"saver": "fails later"}]) == [{"saver": "works"}]
+        with pytest.raises(OSError, match="no disk any more"):
+            found.measure(ours, fails_later)
+        assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+        with pytest.raises(RuntimeError):
+            found.close()  # ours is heard
+        found = lineup.Lineup([], workload, tmp_path)
+        found.close()
+        assert [saver.name for saver in found.savers] == ["works", "fails later"]
+    finally:
+        workload.close()
 
 
 def test_what_is_reported_as_blocked_is_what_was_measured_from_outside(results: Path) -> None:
@@ -61,8 +122,9 @@ def test_many_tensors_verifies_every_save_at_every_size(results: Path) -> None:
     for size in document["sizes"]:
         for name in ("asyncckpt", "asyncckpt, megatron", "torch.save"):
             assert size["summary"][name]["contents_right"] == size["summary"][name]["x_dcp"]["count"]
+        assert size["summary"]["torch.save"]["x_dcp"]["count"] <= size["peer_rounds"]
         assert size["summary"]["asyncckpt"]["x_dcp"]["max"] == 1
-    assert len(document["targets"]) == 2 * len(leaves)
+    assert len(document["targets"]) == 3 * len(leaves)
 
 
 def test_loads_are_verified_and_paired_with_raw_reads_in_either_order(results: Path) -> None:
@@ -71,6 +133,16 @@ def test_loads_are_verified_and_paired_with_raw_reads_in_either_order(results: P
     assert len(rows) == 2 * document["config"]["rounds"]
     assert [row["first"] for row in rows[:2]] == ["ours", "raw"]
     assert {row["contents"] for row in (*rows, *document["stock_rows"])} == {"right"}
+    assert document["targets"][0]["measured"]["count"] == len(rows)
+
+
+def test_saves_are_verified_and_paired_with_raw_writes_in_either_order(results: Path) -> None:
+    document = json.loads((results / "write.json").read_text())
+    rows = document["rows"]
+    assert len(rows) == 2 * document["config"]["rounds"]
+    assert [row["first"] for row in rows[:2]] == ["ours", "raw"]
+    assert {row["contents"] for row in rows} == {"right"}
+    assert all(row["raw"]["nbytes"] >= document["config"]["nbytes"] for row in rows)
     assert document["targets"][0]["measured"]["count"] == len(rows)
 
 
@@ -87,7 +159,20 @@ def test_saves_at_each_step_are_right_and_reported(results: Path) -> None:
         assert row["contents"] == "right"
         assert len(row["blocked_s"]) == len(row["starved_s"]) == document["config"]["steps"]
         assert min(row["blocked_s"]) > 0
-        assert sum(row["blocked_s"]) < row["seconds"]
+        assert sum(row["blocked_s"]) < row["training_s"] <= row["seconds"]
+        assert row["best_s"] > max(row["quiet_s"], row["raw_s"])
+        assert row["unreported"] * row["training_s"] == pytest.approx(row["lost_s"] - sum(row["blocked_s"]))
+    assert len(document["targets"]) == 2 * len(document["summary"])
+
+
+def test_a_first_save_is_compared_with_later_ones_of_its_process(results: Path) -> None:
+    document = json.loads((results / "first_save.json").read_text())
+    assert [row["when"] for row in document["rows"]] == ["memory present", "at once"]
+    for row in document["rows"]:
+        assert row["contents"] == "right"
+        assert len(row["durable_s"]) == len(row["blocked_s"]) == document["config"]["saves"]
+        assert row["x_later"] == row["durable_s"][0] / sorted(row["durable_s"][1:])[1]
+        assert (row["present_s"] is not None) == (row["when"] == "memory present")
 
 
 def test_memory_is_counted_for_saves_that_were_right(results: Path) -> None:
@@ -97,27 +182,102 @@ def test_memory_is_counted_for_saves_that_were_right(results: Path) -> None:
         assert row["extra_bytes"] > 0
         assert row["over_bytes"] == row["extra_bytes"] - row["host_memory"]
     assert len(document["targets"]) == len(document["summary"])
+    assert not document["cannot_run"]
+    assert "host_memory = state / 10, huge state" in document["summary"]
+
+
+def test_a_huge_state_is_left_out_where_it_has_no_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import machine, memory
+
+    monkeypatch.setattr(machine, "available_bytes", lambda: 4 << 30)
+    small, huge = memory.CASES[0], memory.CASES[-1]
+    assert small.cannot_run(tmp_path) is None
+    assert huge.cannot_run(tmp_path) == "4096 MiB of memory are available, 13317 MiB are needed"
 
 
 def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
     run("benchmarks.render", "--results", str(results), "--out", str(tmp_path / "page.md"))
     page = (tmp_path / "page.md").read_text()
-    assert page == (results / "benchmarks.md").read_text()
+    assert page.replace("(page/", "(benchmarks/") == (results / "benchmarks.md").read_text()
+    pictures = {path.name for path in (tmp_path / "page").iterdir()}
+    assert pictures == {"stall.svg", "many_tensors.svg", "write.svg", "load.svg"}
+    for name in pictures:
+        drawn = (tmp_path / "page" / name).read_bytes()
+        assert drawn == (results / "benchmarks" / name).read_bytes()
+        assert f"](page/{name})" in page
     stall = json.loads((results / "stall.json").read_text())
     for name in (*stall["summary"], *stall["cannot_run"]):
         assert name in page
     documents = [json.loads(path.read_text()) for path in results.glob("*.json")]
+    lines = page.splitlines()
     for target in (target for document in documents for target in document.get("targets", ())):
-        assert f"| {target['what']} | {target['where']} |" in page
+        name = f": {target['what']} | {target['where']} | "
+        assert len([line for line in lines if name in line]) == 1
     assert "figures mean nothing" in page
     assert str(ROOT) not in page
 
 
-def test_wrong_contents_are_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks.workload import TINY, Workload
+def a_document(met: bool, tiny: bool = False) -> dict[str, Any]:
+    """Of a run with one target, for a page with nothing but that."""
+    measured = dict.fromkeys(("median", "min", "max"), 1.0 if met else 3.0)
+    target = {"what": "time", "where": "here", "unit": "s", "limit": 2, "measured": measured, "met": met}
+    return {"tiny": tiny, "targets": [target]}
 
-    workload = Workload(TINY)
+
+@pytest.mark.parametrize("met", [True, False])
+def test_a_limit_is_told_where_its_target_is_not_met(
+    met: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import limits, render
+
+    path = tmp_path / "limits.toml"
+    limit = '[[limit]]\nbenchmark = "write"\nwhat = "time"\nwhere = "here"\nnote = "The disk."\n'
+    path.write_text(limit)
+    notes = limits.read(path)
+    assert notes == {("write", "time", "here"): "The disk."}
+    text = "\n".join(render._targets({"write": a_document(met)}, notes))
+    assert ("The disk." in text) is not met
+
+    limits.refuse_strangers(notes, {"write": a_document(met)})
+    limits.refuse_strangers(notes, {})
+    stranger = {("write", "time", "there"): "The disk."}
+    limits.refuse_strangers(stranger, {"write": a_document(met, tiny=True)})
+    with pytest.raises(ValueError, match="write has no target 'time' with 'there'"):
+        limits.refuse_strangers(stranger, {"write": a_document(met)})
+
+    path.write_text(limit * 2)
+    with pytest.raises(ValueError, match="two limits for"):
+        limits.read(path)
+    path.write_text(limit.replace("The disk.", "The disk takes 220 ms."))
+    with pytest.raises(ValueError, match="'0 ms' is for a JSON to say"):
+        limits.read(path)
+    path.write_text(limit.replace("note", "why"))
+    with pytest.raises(ValueError, match="a limit has"):
+        limits.read(path)
+
+
+def test_the_committed_limits_are_of_targets_of_the_committed_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import limits
+
+    results = ROOT / "benchmarks" / "results"
+    limits.refuse_strangers(
+        limits.read(), {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
+    )
+
+
+@pytest.mark.parametrize("by", ["Copies", "Checksums"])
+def test_wrong_contents_are_called_wrong(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import workload as workloads
+
+    workload = workloads.Workload(workloads.TINY, getattr(workloads, by)())
     try:
         workload.remember()
         kept = {name: tensor.clone() for name, tensor in workload.tensors()}

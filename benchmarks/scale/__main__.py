@@ -21,6 +21,7 @@ from .page import NAME, render
 from .state import TINY, XL, Gpt, Spread, layouts, plan_at, spreads
 from .traffic import SILENCE_S, Part, store_calls_per_s, traffic
 
+_ROUNDS = 10
 VOTED = "HSDP"  # whose layouts and ballots cross the store
 
 
@@ -49,6 +50,7 @@ TINY_SIZE = Size(TINY, (4, 8), (8,), clients=5, processes=2, later_saves=1, prob
 
 def run(options: Options) -> dict[str, Any]:
     """All of it."""
+    rounds = options.rounds_or(_ROUNDS)
     size = TINY_SIZE if options.tiny else FULL_SIZE
     about = machine.describe(options.out if options.out.exists() else machine.ROOT)
     began_s = time.monotonic()
@@ -60,7 +62,7 @@ def run(options: Options) -> dict[str, Any]:
             **asdict(size),
             "parameters": size.gpt.parameters,
             "weights": len(list(size.gpt.weights())),
-            "rounds": options.rounds,
+            "rounds": rounds,
             "voted": VOTED,
             "spreads": {count: _shown(spreads(count)) for count in size.world_sizes},
             "store_calls_per_s": store_calls_per_s(size.probe_s),
@@ -78,13 +80,13 @@ def run(options: Options) -> dict[str, Any]:
         for name, spread in spreads(world_size).items():
             where = {"spread": name, "world_size": world_size}
             _say(began_s, f"plans of {world_size} ranks, {name}")
-            document["plans"].append(where | plans.plan_times(size.gpt, spread, options.rounds))
+            document["plans"].append(where | plans.plan_times(size.gpt, spread, rounds))
             _say(began_s, f"layouts of {world_size} ranks, {name}")
             measured = merge.measure if options.tiny else merge.measured_apart
             document["merges"].append(where | measured(size.gpt, spread))
     for world_size in size.world_sizes:
         _say(began_s, f"a file of {world_size} ranks")
-        document["together"].append(together.together(size.gpt, world_size, options.rounds))
+        document["together"].append(together.together(size.gpt, world_size, rounds))
     for world_size in size.votes:
         _say(began_s, f"votes of {world_size} ranks")
         document["votes"].append(_votes(size, spreads(world_size)[VOTED]))

@@ -13,8 +13,8 @@ from statistics import median
 from typing import Any
 
 from .. import machine
+from ..cells import machine_line
 from ..gpu.cells import seconds, size, spread, table
-from ..render import machine_line
 from ..results import RESULTS
 
 NAME = "scale"

@@ -1,0 +1,384 @@
+"""The sections of the page, one for each document: how it was measured, and its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .cells import bullets, size, spread, table, value
+
+_GIB = 1 << 30
+_HOW_STALL = """
+**How.** {state}: {weights} weights of {rows} x {columns} in float32, both moments of AdamW and a step
+counter each, {tensors} tensors in all. A training step is {compute_ms:.0f} ms of matmul on one thread, then a
+fused AdamW step over every weight; {step_ms:.0f} ms when nothing is being saved. In each of {rounds} rounds,
+after one to warm up, every saver in turn, in every other round backwards: a few quiet steps, a save, steps
+until that save is durable. By then every tensor has changed; the files are read back with what the saver's
+users read them with, compared bit for bit with the state at the call, and deleted. Beside each save, before
+and after it in turn, as many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one
+new preallocated file, fsync; training is idle then. A peer that does not answer in time is out.
+
+- *Blocked*: the time inside the call, and what optimizer hooks made the step wait afterwards, both timed
+  from outside.
+- *Slowdown*: steps that began while the save was in flight, against the quiet steps just before; waits in
+  hooks are in *blocked*, not here.
+- *Lost*: all of it: from the call to the end of the last of those steps, less as many quiet steps.
+- *Durable*: from the call until files and their fsync are done. Where the peer knows no fsync, a
+  thread of the benchmark adds it.
+"""
+_HOW_MANY_TENSORS = """
+**How.** Saves under training as above, {rounds} rounds after one to warm up, of states that have about the
+same bytes in ever more leaves: four for each weight. The more leaves, the longer peers take, and the fewer
+rounds they get: {peer_rounds}, and no other if a save took more than {slow_s:.0f} s. The host memory is
+{arena}, so that nothing waits for the disk. *Blocked* is the time inside the call, and what optimizer hooks
+made the step wait afterwards, both timed from outside. Contents are compared after training changed every
+tensor.
+"""
+_HOW_WRITE = """
+**How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
+pairs in all: a whole save of {state} until durable, with everything that makes it crash-safe; a raw write of
+as many bytes by {raw_threads} threads with O_DIRECT in blocks of {block} out of huge pages into one new
+preallocated file, and fsync. Before each, all is synced. Training changes every tensor before each save, and
+the files are compared with it. Once a round: one buffered writer, and fsync.
+"""
+_HOW_LOAD = """
+**How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
+pairs in all: load() of {state} in {files} files into the live tensors, every byte verified; a raw read of
+files of the same sizes by {raw_threads} threads with O_DIRECT in blocks of {block} into huge pages. Before
+each, all is synced and the page cache has nothing of the files. Training changes every tensor before each
+load, and what is there after it is compared with what was saved. Beside them a few times, as cold: stock
+dcp.load into tensors that were made before.
+"""
+_HOW_CPU = """
+**How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn, in every other
+round backwards, saves {state}. What all threads of the process spend on processors, user and system, from the
+call until durable, is the save's, and what processes beside it spend that some peers write with. Our
+checksums are in it; the peers make none. What the kernel writes back on threads of its own, for whoever
+writes through the page cache, is in nobody's account: it flatters the peers.
+"""
+_HOW_EVERY_STEP = """
+**How.** In each of {rounds} rounds, after one to warm up: {steps} quiet steps; {steps} steps with a save of
+{state} after each, until the last save is durable; raw writes of as many bytes by {raw_threads} threads, one
+file for each save. The last save is compared with the state that it left, and a step from the last but one
+must lead to the same state.
+
+- *Time*: that of the steps with saves, until the last is durable.
+- *x best*: beside what could be reached: all quiet steps and then one raw write, or one quiet step and then
+  all raw writes, whichever is longer. The target allows a tenth more.
+- *Lost*: from the first step until the last save() returned, less the quiet steps.
+- *Unreported*: what of it is in no report's *blocked*, as a share of that time: steps that run slower while
+  something is saved, for one.
+- *Blocked* and *starved*: of one save, as `SaveReport` has them.
+"""
+_HOW_FIRST_SAVE = """
+**How.** In {rounds} processes of their own for each line: training makes {state} of state, a checkpointer
+with host memory for all of it is made, and {saves} saves under training follow. Its memory is made present in
+the background: the first save finds it so where training went on until the process had grown by it, and does
+not where the first save is at once. *x later*: seconds until the first save is durable, by the median of the
+later ones of that process.
+"""
+_HOW_MEMORY = """
+**How.** Processes of their own for each line: training makes a state; the kernel's high-water mark of
+resident memory is reset; a checkpointer is made and saves a few times while training goes on; the mark is
+read. *Extra* is the mark less what was resident before. A huge state is remembered by checksums and read back
+weight by weight, so that there is never a second one in memory.
+"""
+
+
+def _stall(document: dict[str, Any]) -> list[str]:
+    config, summaries = document["config"], document["summary"]
+    weights, rows, columns = config["weights"]
+    ours = next(iter(summaries.values()))
+    return [
+        _HOW_STALL.format(
+            state=size(config["nbytes"]),
+            weights=weights,
+            rows=rows,
+            columns=columns,
+            tensors=config["tensors"],
+            compute_ms=config["compute_s"] * 1e3,
+            step_ms=config["step_s"] * 1e3,
+            rounds=config["rounds"],
+            raw_threads=config["raw_threads"],
+        ),
+        "### Beside the peers\n",
+        table(
+            ("Saver", "Blocked", "x ours", "Slowdown", "Lost", "Durable", "x paired raw", "Contents right"),
+            (
+                (
+                    name,
+                    spread(one["blocked_s"], "s"),
+                    f"{one['blocked_s']['median'] / ours['blocked_s']['median']:.1f}",
+                    spread(one["slowdown"], "%"),
+                    spread(one["lost_s"], "s"),
+                    spread(one["durable_s"], "s"),
+                    spread(one["ratio"], "x"),
+                    _contents(one),
+                )
+                for name, one in summaries.items()
+            ),
+        ),
+        bullets(f"*{name}*: {note}." for name, note in config["notes"].items()),
+        _cannot_run(document),
+        "### Where the time of a save goes\n",
+        "What blocked, as measured and as `SaveReport` has it; then the time from the call to each phase.\n",
+        _phases({name: one for name, one in summaries.items() if "phases" in one}),
+    ]
+
+
+def _phases(summaries: dict[str, dict[str, Any]]) -> str:
+    lines: list[tuple[str, ...]] = [
+        (what, *(spread(one[key], "s") for one in summaries.values()))
+        for what, key in (
+            ("inside save()", "call_s"),
+            ("in the step's fence", "fence_s"),
+            ("blocked, reported", "reported_blocked_s"),
+        )
+    ]
+    names = dict.fromkeys(name for one in summaries.values() for name in one["phases"])
+
+    def reached_s(name: str) -> float:
+        return next(
+            float(one["phases"][name]["median"]) for one in summaries.values() if name in one["phases"]
+        )
+
+    for name in sorted(names, key=reached_s):
+        cells = (
+            spread(one["phases"][name], "s") if name in one["phases"] else "" for one in summaries.values()
+        )
+        lines.append((f"until {name}", *cells))
+    return table(("", *summaries), lines)
+
+
+def _write(document: dict[str, Any]) -> list[str]:
+    config, summaries = document["config"], document["summary"]
+    names = {
+        "raw_s": f"raw, {config['raw_threads']} threads, O_DIRECT",
+        "ours_s": "asyncckpt, whole save",
+        "buffered_s": "one buffered writer",
+    }
+    return [
+        _HOW_WRITE.format(
+            rounds=config["rounds"],
+            pairs=summaries["ratio"]["count"],
+            state=size(config["nbytes"]),
+            raw_threads=config["raw_threads"],
+            block=size(config["block_bytes"]),
+        ),
+        _times(names, document),
+        bullets(
+            (
+                f"Contents right: {summaries['contents_right']} of {len(document['rows'])}.",
+                f"O_DIRECT: {'all writes' if summaries['direct'] else 'refused here, all was buffered'}.",
+            )
+        ),
+    ]
+
+
+def _many_tensors(document: dict[str, Any]) -> list[str]:
+    config = document["config"]
+    return [
+        _HOW_MANY_TENSORS.format(
+            rounds=config["rounds"],
+            peer_rounds=", ".join(str(scale["peer_rounds"]) for scale in document["sizes"]),
+            slow_s=config["slow_s"],
+            arena=size(config["arena_bytes"]),
+        ),
+        "### Beside the peers\n",
+        table(
+            ("Leaves", "State", "Saver", "Blocked", "x layout dcp", "Durable", "Contents right"),
+            (
+                (
+                    f"{scale['leaves']:,}",
+                    size(scale["nbytes"]),
+                    name,
+                    spread(one["blocked_s"], "s"),
+                    spread(one["x_dcp"], "x"),
+                    spread(one["durable_s"], "s"),
+                    _contents(one),
+                )
+                for scale in document["sizes"]
+                for name, one in scale["summary"].items()
+            ),
+        ),
+        _cannot_run(document),
+    ]
+
+
+def _cannot_run(document: dict[str, Any]) -> str:
+    return bullets(f"*{name}* cannot run here: {why}" for name, why in document["cannot_run"].items())
+
+
+def _load(document: dict[str, Any]) -> list[str]:
+    config, summaries = document["config"], document["summary"]
+    names = {
+        "raw_s": f"raw, {config['raw_threads']} threads, O_DIRECT",
+        "ours_s": "asyncckpt, load()",
+        "stock_s": "dcp.load",
+    }
+    return [
+        _HOW_LOAD.format(
+            rounds=config["rounds"],
+            pairs=summaries["ratio"]["count"],
+            state=size(config["nbytes"]),
+            files=config["files"],
+            raw_threads=config["raw_threads"],
+            block=size(config["block_bytes"]),
+        ),
+        _times(names, document),
+        bullets(
+            (
+                f"Contents right: {summaries['contents_right']} of {len(document['rows'])}.",
+                f"O_DIRECT: {'all raw reads' if summaries['direct'] else 'refused here, all was buffered'}.",
+            )
+        ),
+    ]
+
+
+def _cpu(document: dict[str, Any]) -> list[str]:
+    config = document["config"]
+    return [
+        _HOW_CPU.format(rounds=config["rounds"], state=size(config["nbytes"])),
+        "### Beside the peers\n",
+        table(
+            ("Saver", "Processor time per GiB", "Durable", "Contents right"),
+            (
+                (name, spread(one["cpu_s_per_gib"], "s"), spread(one["durable_s"], "s"), _contents(one))
+                for name, one in document["summary"].items()
+            ),
+        ),
+        _cannot_run(document),
+    ]
+
+
+def _every_step(document: dict[str, Any]) -> list[str]:
+    config = document["config"]
+    return [
+        _HOW_EVERY_STEP.format(
+            rounds=config["rounds"],
+            steps=config["steps"],
+            state=size(config["nbytes"]),
+            raw_threads=config["raw_threads"],
+        ),
+        table(
+            (
+                "Saver",
+                "Time",
+                "x best",
+                "x quiet steps",
+                "x raw writes",
+                "Lost",
+                "Unreported",
+                "Blocked",
+                "Starved",
+                "Rounds right",
+            ),
+            (
+                (
+                    name,
+                    spread(one["seconds"], "s"),
+                    spread(one["x_best"], "x"),
+                    spread(one["x_quiet"], "x"),
+                    spread(one["x_raw"], "x"),
+                    spread(one["lost_s"], "s"),
+                    spread(one["unreported"], "%"),
+                    spread(one["blocked_s"], "s"),
+                    spread(one["starved_s"], "s"),
+                    _contents(one, "seconds"),
+                )
+                for name, one in document["summary"].items()
+            ),
+        ),
+        bullets(f"*{name}*: {note}." for name, note in config["notes"].items()),
+    ]
+
+
+def _first_save(document: dict[str, Any]) -> list[str]:
+    config = document["config"]
+    return [
+        _HOW_FIRST_SAVE.format(rounds=config["rounds"], state=size(config["nbytes"]), saves=config["saves"]),
+        table(
+            (
+                "First save",
+                "Memory present after",
+                "Durable, first",
+                "Durable, later",
+                "x later",
+                "Blocked, first",
+                "Blocked, later",
+                "Contents right",
+            ),
+            (
+                (
+                    when,
+                    spread(one["present_s"], "s") if "present_s" in one else "",
+                    spread(one["first_durable_s"], "s"),
+                    spread(one["later_durable_s"], "s"),
+                    spread(one["x_later"], "x"),
+                    spread(one["first_blocked_s"], "s"),
+                    spread(one["later_blocked_s"], "s"),
+                    _contents(one, "x_later"),
+                )
+                for when, one in document["summary"].items()
+            ),
+        ),
+    ]
+
+
+def _memory(document: dict[str, Any]) -> list[str]:
+    return [
+        _HOW_MEMORY,
+        table(
+            ("With", "State", "Host memory", "Extra at the peak", "Contents right"),
+            (
+                (
+                    where,
+                    size(one["nbytes"]["median"]),
+                    value(one["host_memory"]["median"], "bytes"),
+                    spread(one["extra_bytes"], "bytes"),
+                    _contents(one, "extra_bytes"),
+                )
+                for where, one in document["summary"].items()
+            ),
+        ),
+        _cannot_run(document),
+    ]
+
+
+def _times(names: dict[str, str], document: dict[str, Any]) -> str:
+    """Times of the same bytes, and the speeds that they come to."""
+    nbytes, summaries = document["config"]["nbytes"], document["summary"]
+    return table(
+        ("", "Time", "Speed"),
+        (
+            (what, spread(summaries[key], "s"), f"{nbytes / summaries[key]['median'] / _GIB:.2f} GiB/s")
+            for key, what in names.items()
+        ),
+    )
+
+
+def _contents(one: dict[str, Any], key: str = "durable_s") -> str:
+    text = f"{one['contents_right']} of {one[key]['count']}"
+    return f"{text}: {'; '.join(one['contents_wrong'])}" if one["contents_wrong"] else text
+
+
+@dataclass(frozen=True)
+class Section:
+    """Of the page: a document's. `body` writes it."""
+
+    title: str
+    subject: str
+    body: Callable[[dict[str, Any]], list[str]]
+
+
+SECTIONS = {
+    "stall": Section("Stall", "what training loses to a save", _stall),
+    "many_tensors": Section("Many tensors", "what a leaf costs", _many_tensors),
+    "write": Section("Write", "what the disk takes", _write),
+    "load": Section("Load", "what the disk gives", _load),
+    "cpu": Section("Processor time", "what a save takes from others", _cpu),
+    "every_step": Section("Every step", "training that never stops saving", _every_step),
+    "first_save": Section("First save", "what it costs that nothing is warm", _first_save),
+    "memory": Section("Memory", "what a save takes beside the state", _memory),
+}
