@@ -6,6 +6,7 @@ Nothing that a peer does or leaves undone stops the run: it is out then, and the
 from __future__ import annotations
 
 import contextlib
+import gc
 import resource
 import signal
 import threading
@@ -30,7 +31,7 @@ class Lineup:
     """
 
     def __init__(self, ours: Sequence[Saver], workload: Workload, directory: Path) -> None:
-        # Some peers share memory by a file for each tensor.
+        # As many as may be: some peers share memory by a file for each tensor.
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
         self.cannot_run: dict[str, str] = {}
         self._workload = workload
@@ -76,6 +77,7 @@ class Lineup:
         # What it measured stands, however it ends.
         with contextlib.suppress(Exception), _within(_CLOSE_DEADLINE_S):
             saver.close()
+        gc.collect()  # what some peers share goes only then
 
     @contextlib.contextmanager
     def _trying(self, name: str, deadline_s: float) -> Iterator[None]:

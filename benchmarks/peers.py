@@ -9,6 +9,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import sys
 import threading
@@ -30,6 +31,7 @@ from .savers import DcpReader, Pending, Saver
 from .workload import Workload, tensors_of
 
 _POLL_S = 0.002
+_OTHER_FILES = 2000  # that a process may have open besides
 _GIVE_UP_S = 120.0  # a thread that waits for a peer does not outlive it by more
 
 
@@ -188,6 +190,7 @@ class DcpAsyncSaveProcess(DcpAsyncSave):
     note = "process, one DefaultStager in shared memory kept over all saves"
 
     def __init__(self, name: str, workload: Workload, directory: Path) -> None:
+        _require_files(workload)
         super().__init__(name, workload, directory)
         # The process is started by the first save, which asks for a group, however small. No later one
         # does: whoever else saves here is to find none.
@@ -259,6 +262,7 @@ class TorchCheckpointing(_Peer):
             LocalFileSystemStorageConfig,
         )
 
+        _require_files(workload)
         super().__init__(name, workload, directory)
         manager = torch_checkpointing.CheckpointManager
         storage = LocalFileSystemStorageConfig(use_direct_io=False)
@@ -343,6 +347,16 @@ class Dlrover(_Peer):
             if time.perf_counter() > deadline_s:
                 raise TimeoutError(f"step {step} is not in {self._tracker.name}")
             time.sleep(_POLL_S)
+
+
+def _require_files(workload: Workload) -> None:
+    """For a peer that keeps a file open for each tensor: without this, the others would find none to open."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if workload.tensor_count + _OTHER_FILES > allowed:
+        raise OSError(
+            f"it keeps a file open for each of {workload.tensor_count:,} tensors, "
+            f"and this system allows {allowed:,} in a process"
+        )
 
 
 @contextlib.contextmanager
