@@ -2,8 +2,8 @@
 
 The same bytes in ever more leaves: what training waits for must be the work of a copy, not of a loop over
 leaves. Each save is measured as in stall.py, training goes on, and what was saved is compared with the
-state at the call. The more leaves, the longer peers take, and the fewer rounds they get: one, if a save
-takes very long.
+state at the call. The more leaves, the longer peers take, and whoever reads back what was saved: the fewer
+rounds there are, and for a peer only one if a save takes very long.
 
     blocked     seconds inside save(), and in the optimizer's hooks afterwards; timed from outside
 
@@ -40,11 +40,13 @@ _ARENA_BYTES = 128 << 20  # twice the state: here, nothing is to wait for the di
 class Scale:
     """A state of some leaves (four for each weight), and how long a save of it may block.
 
-    `peer_rounds` is how often peers save it at most: the more leaves, the longer they take.
+    `rounds` is how often it is saved at most, `peer_rounds` how often by peers: the more leaves, the longer
+    peers take, and whoever reads back what was saved.
     """
 
     size: Size
     target_s: float
+    rounds: int
     peer_rounds: int
 
     @property
@@ -53,14 +55,14 @@ class Scale:
 
 
 FULL = (  # 64 MiB each
-    Scale(Size(weights=64, rows=256, columns=341, compute_s=0.05), target_s=0.005, peer_rounds=5),
-    Scale(Size(weights=1024, rows=64, columns=85, compute_s=0.05), target_s=0.010, peer_rounds=4),
-    Scale(Size(weights=12_500, rows=8, columns=56, compute_s=0.05), target_s=0.060, peer_rounds=2),
+    Scale(Size(weights=64, rows=256, columns=341, compute_s=0.05), target_s=0.005, rounds=10, peer_rounds=5),
+    Scale(Size(weights=1024, rows=64, columns=85, compute_s=0.05), target_s=0.010, rounds=10, peer_rounds=4),
+    Scale(Size(weights=12_500, rows=8, columns=56, compute_s=0.05), target_s=0.060, rounds=4, peer_rounds=2),
 )
 TINY = (
-    Scale(Size(weights=2, rows=64, columns=64, compute_s=0.005), target_s=0.005, peer_rounds=2),
-    Scale(Size(weights=8, rows=8, columns=64, compute_s=0.005), target_s=0.010, peer_rounds=2),
-    Scale(Size(weights=16, rows=8, columns=32, compute_s=0.005), target_s=0.060, peer_rounds=1),
+    Scale(Size(weights=2, rows=64, columns=64, compute_s=0.005), target_s=0.005, rounds=2, peer_rounds=2),
+    Scale(Size(weights=8, rows=8, columns=64, compute_s=0.005), target_s=0.010, rounds=2, peer_rounds=2),
+    Scale(Size(weights=16, rows=8, columns=32, compute_s=0.005), target_s=0.060, rounds=2, peer_rounds=1),
 )
 
 
@@ -86,6 +88,7 @@ def run(options: Options) -> dict[str, Any]:
         sizes.append(
             {
                 "leaves": scale.leaves,
+                "rounds": options.rounds_or(scale.rounds),
                 "peer_rounds": scale.peer_rounds,
                 "nbytes": workload.nbytes,
                 "summary": summaries,
@@ -96,7 +99,7 @@ def run(options: Options) -> dict[str, Any]:
         cannot = {saver: f"{scale.leaves:,} leaves: {why}" for saver, why in cannot_run.items()} | cannot
         rows += found
     return document | {
-        "config": {"rounds": options.rounds_or(10), "slow_s": _SLOW_S, "arena_bytes": _ARENA_BYTES},
+        "config": {"slow_s": _SLOW_S, "arena_bytes": _ARENA_BYTES},
         "targets": targets,
         "cannot_run": cannot,
         "sizes": sizes,
@@ -112,7 +115,7 @@ def _measure(
         AsyncckptMegatron(MEGATRON, workload, scratch / "megatron", _ARENA_BYTES),
     ]
     lineup = Lineup(ours, workload, scratch)
-    rounds = options.rounds_or(10)
+    rounds = options.rounds_or(scale.rounds)
     slow: set[str] = set()
     rows: list[dict[str, Any]] = []
     try:

@@ -28,12 +28,12 @@ new preallocated file, fsync; training is idle then. A peer that does not answer
   thread of the benchmark adds it.
 """
 _HOW_MANY_TENSORS = """
-**How.** Saves under training as above, {rounds} rounds after one to warm up, of states that have about the
-same bytes in ever more leaves: four for each weight. The more leaves, the longer peers take, and the fewer
-rounds they get: {peer_rounds}, and no other if a save took more than {slow_s:.0f} s. The host memory is
-{arena}, so that nothing waits for the disk. *Blocked* is the time inside the call, and what optimizer hooks
-made the step wait afterwards, both timed from outside. Contents are compared after training changed every
-tensor.
+**How.** Saves under training as above, of states that have about the same bytes in ever more leaves: four for
+each weight. The more leaves, the longer peers take, and whoever reads back what was saved: so there are
+{rounds} rounds after one to warm up, and {peer_rounds} for peers, which get no other once a save took more
+than {slow_s:.0f} s. The host memory is {arena}, so that nothing waits for the disk. *Blocked* is the time
+inside the call, and what optimizer hooks made the step wait afterwards, both timed from outside. Contents are
+compared after training changed every tensor.
 """
 _HOW_WRITE = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
@@ -180,7 +180,7 @@ def _many_tensors(document: dict[str, Any]) -> list[str]:
     config = document["config"]
     return [
         _HOW_MANY_TENSORS.format(
-            rounds=config["rounds"],
+            rounds=", ".join(str(scale["rounds"]) for scale in document["sizes"]),
             peer_rounds=", ".join(str(scale["peer_rounds"]) for scale in document["sizes"]),
             slow_s=config["slow_s"],
             arena=size(config["arena_bytes"]),
