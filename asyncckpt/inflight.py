@@ -93,6 +93,7 @@ class Save:
         enqueued_s, released_s, _, _, starved_s = snapshot.times_s()
         self.report.starved_s = starved_s
         self._copying_s = released_s - starved_s
+        self.report.prefault_s = snapshot.prefault_s
         self.report.direct = snapshot.direct
         submitted_s = self.report.phases["submitted"]
         self.mark("enqueued", max(submitted_s, self.submitting_s + enqueued_s))

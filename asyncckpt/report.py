@@ -25,6 +25,8 @@ class SaveReport:
         pickled_nbytes: of python leaves, which are copied too; they come on top of `host_memory`.
         starved_s: how long a copying thread waited for free chunks, on average: the disk's backpressure. Not
             in it is what the first save waits for memory to be pinned.
+        prefault_s: how long it took to make the memory for staging present, in the background from the
+            checkpointer's construction on; None if that still went on when this save was written.
         packed: tiny tensors that a kernel gathered on their device before they were copied; see `pack`.
         pack_s: how long save() took over that; the first time, CuPy is imported and the kernel compiled.
         replanned: whether the layout of the files had to be made for this save.
@@ -42,6 +44,7 @@ class SaveReport:
     captured_on_devices_nbytes: int = 0
     pickled_nbytes: int = 0
     starved_s: float = 0.0
+    prefault_s: float | None = None
     packed: int = 0
     pack_s: float = 0.0
     replanned: bool = False

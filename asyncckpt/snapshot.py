@@ -304,6 +304,12 @@ class Snapshot:
             image.path, image.nbytes, self._engine.chunk_nbytes, tuple(self._job.block_crcs(index))
         )
 
+    @property
+    def prefault_s(self) -> float | None:
+        """How long it took to make the arena present; None until it is."""
+        seconds = self._engine.prefault_s
+        return seconds if seconds >= 0 else None
+
     def times_s(self) -> tuple[float, float, float, float, float]:
         """Seconds after submission: enqueued, released, written, finished; and how long copying starved."""
         return self._job.times_s

@@ -449,3 +449,14 @@ def test_rollback_starts_a_new_timeline(tmp_path: Path, layout: str) -> None:
         assert resume is not None
         assert resume.step == 2
         assert bool((model.weight == 20).all())
+
+
+def test_it_is_reported_when_memory_for_staging_is_present(tmp_path: Path) -> None:
+    with AsyncCheckpointer(tmp_path, extra={"x": torch.zeros(8)}, host_memory=1 << 22) as checkpointer:
+        for step in range(1, 1000):  # until it is there: this takes milliseconds, and nobody waits for it
+            handle = checkpointer.save(step)
+            handle.wait()
+            if handle.report.prefault_s is not None:
+                break
+        assert handle.report.prefault_s is not None
+        assert handle.report.prefault_s > 0
