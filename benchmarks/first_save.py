@@ -3,8 +3,8 @@
 Each measurement is a process of its own: training makes its state; a checkpointer is made, and its memory is
 made present in the background while training goes on; then some saves under training, the first of which
 finds nothing that an earlier one left. Once with the memory present before the first save, as it is in any
-run that trains longer than that takes, and once with a save at once. Nothing tells that the memory is
-present: the process is seen to grow (VmRSS of proc(5)). The last save is read back and compared.
+run that trains longer than that takes, and once with a save at once. No save has told yet that the memory
+is present: the process is seen to grow (VmRSS of proc(5)). The last save is read back and compared.
 
     x_later     seconds until the first save is durable, by the median of the later ones of that process
     present_s   from the checkpointer's construction until its memory was there, as seen after each step

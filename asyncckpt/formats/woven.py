@@ -1,12 +1,12 @@
 """The pickle of a tree that is mostly the same in every save: frames that are kept, loose values in between.
 
-Pickling a tensor takes python a hundred times as long as finding out that nothing of it changed but values.
+Pickling a tensor takes python far longer than finding out that nothing of it changed but values.
 So what a pickle says of steady tensors is kept as bytes, and only what is between them is pickled again.
 
 What a pickle says depends on what it said before: a value that was met is put into the unpickler's memo, and
 called by its number there. Here loose values have the first numbers to themselves, and frames those behind
 them; neither calls anything of the other. What they had in common, a load would have twice: so memory that
-both speak of is refused.
+both speak of is refused. Attributes that a user hangs on a steady tensor later are not seen.
 """
 
 from __future__ import annotations
