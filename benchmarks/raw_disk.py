@@ -143,6 +143,7 @@ def _huge_pages(nbytes: int) -> memoryview:
     # of the transfer. A ceiling lower than what it is compared with would flatter.
     memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
+    memory.madvise(mmap.MADV_DONTFORK)  # direct I/O from what a child shares splits it into small pages
     start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE
     block = memoryview(memory)[start : start + nbytes]
     block[:] = bytes(nbytes)  # there before it is timed
