@@ -24,6 +24,7 @@
 #include "dlpack.h"
 #include "engine.h"
 #include "faults.h"
+#include "host_copy.h"
 #include "image.h"
 #include "reader.h"
 
@@ -492,6 +493,14 @@ NB_MODULE(_native, m) {
       },
       "address"_a, "nbytes"_a, "crc"_a = 0);
   m.def(
+      "crc32_copy",
+      [](uint64_t to, uint64_t address, uint64_t nbytes, uint32_t crc) {
+        nb::gil_scoped_release release;
+        return crc32_copy(crc, reinterpret_cast<void*>(static_cast<uintptr_t>(to)),
+                          reinterpret_cast<const void*>(static_cast<uintptr_t>(address)), nbytes);
+      },
+      "to"_a, "address"_a, "nbytes"_a, "crc"_a = 0);
+  m.def(
       "device_crc32",
       [](const std::string& driver, int device, uint64_t stream, uint64_t address,
          uint64_t nbytes) {
@@ -510,7 +519,7 @@ NB_MODULE(_native, m) {
       "data"_a, "crc"_a = 0);
   m.def("crc32_combine", &crc32_combine, "crc_a"_a, "crc_b"_a, "nbytes_b"_a);
   m.def("crc32_kernel", &crc32_kernel);
-  m.def("copy_is_checked", &copy_is_checked);
+  m.def("copy_is_checked", &HostCopies::is_checked);
   m.def("survey", &survey, "tensors"_a, "kinds"_a, "exchange_api"_a, "forms"_a = false,
         "storages"_a = false);
 

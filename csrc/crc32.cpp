@@ -3,6 +3,8 @@
 #include <array>
 #include <cstring>
 
+#include "streaming_copy.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define ASYNCCKPT_HAVE_CLMUL 1
@@ -149,24 +151,30 @@ ASYNCCKPT_WIDE inline __m512i in_every_lane(int64_t high, int64_t low) {
   return _mm512_set_epi64(high, low, high, low, high, low, high, low);
 }
 
-ASYNCCKPT_WIDE inline __m512i load_wide(const uint8_t* data, size_t index) {
-  return _mm512_loadu_si512(data + 64 * index);
+template <bool kCopies>
+ASYNCCKPT_WIDE inline __m512i load_wide(const uint8_t* data, uint8_t* to, size_t index) {
+  const __m512i loaded = _mm512_loadu_si512(data + 64 * index);
+  if (kCopies) _mm512_stream_si512(reinterpret_cast<__m512i*>(to) + index, loaded);
+  return loaded;
 }
 
+// With kCopies, what was taken is also at `to`, past the cache; that is a multiple of 64 then.
+template <bool kCopies>
 ASYNCCKPT_WIDE size_t update_wide(uint32_t state, const uint8_t* data, size_t nbytes,
-                                  uint8_t lanes[64]) {
+                                  uint8_t lanes[64], uint8_t* to) {
   const __m512i fold_2048 = in_every_lane(fold_constant(2048 - 32), fold_constant(2048 + 32));
   const __m512i fold_512 = in_every_lane(fold_constant(512 - 32), fold_constant(512 + 32));
   const size_t taken_nbytes = nbytes & ~size_t{255};
-  __m512i a = _mm512_xor_si512(load_wide(data, 0),
+  __m512i a = _mm512_xor_si512(load_wide<kCopies>(data, to, 0),
                                _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
-  __m512i b = load_wide(data, 1), c = load_wide(data, 2), d = load_wide(data, 3);
+  __m512i b = load_wide<kCopies>(data, to, 1), c = load_wide<kCopies>(data, to, 2), d = load_wide<kCopies>(data, to, 3);
   for (size_t done = 256; done < taken_nbytes; done += 256) {
     data += 256;
-    a = fold_wide(a, fold_2048, load_wide(data, 0));
-    b = fold_wide(b, fold_2048, load_wide(data, 1));
-    c = fold_wide(c, fold_2048, load_wide(data, 2));
-    d = fold_wide(d, fold_2048, load_wide(data, 3));
+    if (kCopies) to += 256;
+    a = fold_wide(a, fold_2048, load_wide<kCopies>(data, to, 0));
+    b = fold_wide(b, fold_2048, load_wide<kCopies>(data, to, 1));
+    c = fold_wide(c, fold_2048, load_wide<kCopies>(data, to, 2));
+    d = fold_wide(d, fold_2048, load_wide<kCopies>(data, to, 3));
   }
   a = fold_wide(fold_wide(fold_wide(a, fold_512, b), fold_512, c), fold_512, d);
   _mm512_storeu_si512(lanes, a);
@@ -183,26 +191,31 @@ ASYNCCKPT_DOUBLE inline __m256i fold_double(__m256i lanes, __m256i by, __m256i n
                           next);
 }
 
-ASYNCCKPT_DOUBLE inline __m256i load_double(const uint8_t* data, size_t index) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data) + index);
+template <bool kCopies>
+ASYNCCKPT_DOUBLE inline __m256i load_double(const uint8_t* data, uint8_t* to, size_t index) {
+  const __m256i loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data) + index);
+  if (kCopies) _mm256_stream_si256(reinterpret_cast<__m256i*>(to) + index, loaded);
+  return loaded;
 }
 
+template <bool kCopies>
 ASYNCCKPT_DOUBLE size_t update_double(uint32_t state, const uint8_t* data, size_t nbytes,
-                                      uint8_t lanes[64]) {
+                                      uint8_t lanes[64], uint8_t* to) {
   const __m256i fold_1024 = _mm256_set_epi64x(fold_constant(1024 - 32), fold_constant(1024 + 32),
                                               fold_constant(1024 - 32), fold_constant(1024 + 32));
   const __m256i fold_512 = _mm256_set_epi64x(fold_constant(512 - 32), fold_constant(512 + 32),
                                              fold_constant(512 - 32), fold_constant(512 + 32));
   const size_t taken_nbytes = nbytes & ~size_t{127};
-  __m256i a = _mm256_xor_si256(load_double(data, 0),
+  __m256i a = _mm256_xor_si256(load_double<kCopies>(data, to, 0),
                                _mm256_zextsi128_si256(_mm_cvtsi32_si128(static_cast<int>(state))));
-  __m256i b = load_double(data, 1), c = load_double(data, 2), d = load_double(data, 3);
+  __m256i b = load_double<kCopies>(data, to, 1), c = load_double<kCopies>(data, to, 2), d = load_double<kCopies>(data, to, 3);
   for (size_t done = 128; done < taken_nbytes; done += 128) {
     data += 128;
-    a = fold_double(a, fold_1024, load_double(data, 0));
-    b = fold_double(b, fold_1024, load_double(data, 1));
-    c = fold_double(c, fold_1024, load_double(data, 2));
-    d = fold_double(d, fold_1024, load_double(data, 3));
+    if (kCopies) to += 128;
+    a = fold_double(a, fold_1024, load_double<kCopies>(data, to, 0));
+    b = fold_double(b, fold_1024, load_double<kCopies>(data, to, 1));
+    c = fold_double(c, fold_1024, load_double<kCopies>(data, to, 2));
+    d = fold_double(d, fold_1024, load_double<kCopies>(data, to, 3));
   }
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), fold_double(a, fold_512, c));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes) + 1, fold_double(b, fold_512, d));
@@ -242,8 +255,8 @@ uint32_t crc32(uint32_t crc, const void* data, size_t nbytes) {
     // The 64 bytes that stand for all that was taken are congruent to it mod P: a CRC state of zero
     // and then these bytes lead to the same state.
     uint8_t lanes[64];
-    const auto update = has_wide() ? update_wide : update_double;
-    const size_t taken_nbytes = update(state, bytes, nbytes, lanes);
+    const auto update = has_wide() ? update_wide<false> : update_double<false>;
+    const size_t taken_nbytes = update(state, bytes, nbytes, lanes, nullptr);
     state = update_clmul(0, lanes, sizeof lanes);
     bytes += taken_nbytes;
     nbytes -= taken_nbytes;
@@ -256,6 +269,30 @@ uint32_t crc32(uint32_t crc, const void* data, size_t nbytes) {
   }
 #endif
   return ~update_table(state, bytes, nbytes);
+}
+
+uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
+#ifdef ASYNCCKPT_HAVE_CLMUL
+  const size_t head_nbytes = -reinterpret_cast<uintptr_t>(to) % 64;
+  if (nbytes >= 512 + head_nbytes && (has_wide() || has_double())) {
+    const auto* bytes = static_cast<const uint8_t*>(data);
+    auto* target = static_cast<uint8_t*>(to);
+    crc = crc32(crc, bytes, head_nbytes);
+    std::memcpy(target, bytes, head_nbytes);
+    bytes += head_nbytes, target += head_nbytes, nbytes -= head_nbytes;
+    uint8_t lanes[64];
+    const auto update = has_wide() ? update_wide<true> : update_double<true>;
+    const size_t taken_nbytes = update(~crc, bytes, nbytes, lanes, target);
+    _mm_sfence();  // whoever is told that it is there sees all of it
+    crc = ~update_clmul(0, lanes, sizeof lanes);
+    bytes += taken_nbytes, target += taken_nbytes, nbytes -= taken_nbytes;
+    std::memcpy(target, bytes, nbytes);
+    return crc32(crc, bytes, nbytes);
+  }
+#endif
+  crc = crc32(crc, data, nbytes);
+  streaming_copy(to, data, nbytes);
+  return crc;
 }
 
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b) {

@@ -9,6 +9,10 @@ namespace asyncckpt {
 // The CRC of `data` appended to bytes whose CRC is `crc` (0 for none).
 uint32_t crc32(uint32_t crc, const void* data, size_t nbytes);
 
+// The same, and `data` is copied to `to` meanwhile, past the cache: see streaming_copy.h. Best where `data`
+// is in the cache.
+uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes);
+
 // The CRC of A followed by B, from the CRC of A, the CRC of B and the size of B.
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b);
 

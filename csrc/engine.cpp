@@ -157,13 +157,14 @@ Engine::Engine(const EngineOptions& options)
       direct_(options.direct),
       driver_(options.driver),
       copiers_(std::max(1u, options.copiers)),
+      host_copies_(copiers_),
       yielding_(options.yielding),
       owner_(::getpid()) {
   for (size_t index = arena_.chunks(); index-- > 0;) free_buffers_.push_back(index);
   // Should a thread not be had (a limit on processes), the others must be joined before they are
   // destroyed: else the program ends.
   try {
-    for (unsigned i = 0; i < copiers_; ++i) start([this] { copy_loop(); });
+    for (unsigned i = 0; i < copiers_; ++i) start([this, i] { copy_loop(i); });
     for (unsigned i = 0; i < std::max(1u, options.writers); ++i) start([this] { write_loop(); });
     if (options.prefault)
       start([this] {
@@ -415,7 +416,7 @@ struct Engine::Filling {
   }
 };
 
-void Engine::copy_loop() {
+void Engine::copy_loop(unsigned copier) {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     if (stopping_) return;
@@ -456,7 +457,7 @@ void Engine::copy_loop() {
     lock.unlock();
     Filling filling;
     try {
-      fill(*job, *chunk, filling);
+      fill(*job, *chunk, filling, copier);
       enqueue(*job, *chunk, filling);
     } catch (const std::bad_alloc&) {
       filling.error_number = ENOMEM;
@@ -497,7 +498,7 @@ size_t Engine::take_buffer(const Job& job) {
 
 // Copies the host's sources, and notes what to copy from devices. Literals are left to the writers:
 // nobody waits for them, and a copy may run over their place until then.
-void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling) {
+void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling, unsigned copier) {
   const FileImage& image = *job.files_[chunk.file]->image;
   char* const buffer = arena_.chunk(chunk.buffer);
   const uint64_t begin = chunk.offset;
@@ -511,13 +512,15 @@ void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling) {
     const uint64_t to = std::min(end, extent->offset + extent->nbytes);
     const uint64_t source_offset = extent->source_offset + (from - extent->offset);
     Job::Piece piece{static_cast<size_t>(from - begin), static_cast<size_t>(to - from),
-                     extent->record, source_offset, 0};
+                     extent->record, source_offset, {}};
     char* const target = buffer + piece.offset_in_chunk;
     if (extent->source != kLiteral && piece.nbytes > 0) {
       const Source& source = job.sources_[static_cast<size_t>(extent->source)];
       const uint64_t address = source.address + source_offset;
       if (source.device == kHost) {
-        filling.error_number = copy_from_host(target, address, piece.nbytes);
+        uint32_t crc = 0;
+        filling.error_number = host_copies_.copy(copier, target, address, piece.nbytes, &crc);
+        piece.crc = crc;
         filling.open = nullptr;  // no copy may run over these bytes
       } else {
         filling.add(source, {target, address, piece.nbytes});
@@ -636,7 +639,7 @@ void Engine::checksum(Task task, std::unique_lock<std::mutex>& lock) {
       char* const bytes = buffer + piece.offset_in_chunk;
       if (piece.record == kNoRecord)
         std::memcpy(bytes, image.literals.data() + piece.literal_offset, piece.nbytes);
-      else piece.crc = crc32(0, bytes, piece.nbytes);
+      else if (!piece.crc) piece.crc = crc32(0, bytes, piece.nbytes);
     }
     lock.lock();
   }
@@ -708,8 +711,8 @@ void Engine::seal(Job::FileState& file, Job::Chunk& chunk) {
       run.crc = crc32(run.crc, buffer + piece.offset_in_chunk, piece.nbytes);
     } else {
       uint32_t& record_crc = file.record_crcs[static_cast<size_t>(piece.record)];
-      record_crc = crc32_combine(record_crc, piece.crc, piece.nbytes);
-      run.crc = crc32_combine(run.crc, piece.crc, piece.nbytes);
+      record_crc = crc32_combine(record_crc, *piece.crc, piece.nbytes);
+      run.crc = crc32_combine(run.crc, *piece.crc, piece.nbytes);
     }
   }
   file.runs.insert(file.runs.end(), chunk.runs.begin(), chunk.runs.end());

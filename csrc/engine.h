@@ -16,10 +16,11 @@
 //     the process lives. (Its job has failed; what the device still reads for it comes to nothing.)
 //
 // Threads: copiers fill chunks and do nothing else, since that is what training waits for: bytes of
-// the host they copy, copies from devices they enqueue, chunk by chunk. One thread sleeps until the
-// devices are done with a chunk. Writers put the literals into the filled ones, checksum them, seal
-// them in file order (fix-ups, CRCs that need earlier ones), write them and sync the files; they run
-// at a lower priority, so that on few cores copying goes first.
+// the host they copy, and checksum them while they are in the cache; copies from devices they enqueue,
+// chunk by chunk. One thread sleeps until the devices are done with a chunk. Writers put the literals
+// into the filled ones, checksum what came from devices, seal chunks in file order (fix-ups, CRCs that
+// need earlier ones), write them and sync the files; they run at a lower priority, so that on few cores
+// copying goes first.
 //
 // This file knows files, extents and addresses, and nothing of Python or torch.
 #pragma once
@@ -30,6 +31,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -41,6 +43,7 @@
 #include "arena.h"
 #include "device.h"
 #include "file.h"
+#include "host_copy.h"
 #include "image.h"
 
 namespace asyncckpt {
@@ -123,7 +126,7 @@ class Job {
     size_t nbytes;
     int64_t record;
     uint64_t literal_offset;  // where a literal's bytes are in the image's literals
-    uint32_t crc;  // of a record's bytes; literals are checksummed when the chunk is sealed
+    std::optional<uint32_t> crc;  // once known; literals are checksummed when the chunk is sealed
   };
   struct Chunk {
     size_t file;
@@ -245,12 +248,12 @@ class Engine {
 
   template <typename Body>
   void start(Body body);
-  void copy_loop();
+  void copy_loop(unsigned copier);
   void complete_loop();
   void write_loop();
   void pin_arena(Device& device);
   size_t take_buffer(const Job& job);
-  void fill(Job& job, Job::Chunk& chunk, Filling& filling);
+  void fill(Job& job, Job::Chunk& chunk, Filling& filling, unsigned copier);
   void enqueue(Job& job, Job::Chunk& chunk, Filling& filling);
   void order_after_caller(Job& job, Filling& filling);
   void record_last_copies(Job& job, Filling& filling);
@@ -270,6 +273,7 @@ class Engine {
   const bool direct_;
   const std::string driver_;
   const unsigned copiers_;
+  HostCopies host_copies_;  // one thread each
   const bool yielding_;
   const pid_t owner_;
   std::mutex mutex_;

@@ -279,6 +279,22 @@ def test_crc_kernels_agree_with_zlib(nbytes: int) -> None:
     ) == zlib.crc32(data)
 
 
+def test_copying_while_checksumming() -> None:
+    rng = np.random.default_rng(2)
+    source = rng.integers(0, 256, 9000, dtype=np.uint8)
+    sizes = [0, 1, 63, 64, 65, 127, 511, 512, 513, 575, 576, 640, 1023, 1024, 4096, 8191]
+    for nbytes in sizes:
+        for from_offset, to_offset in [(0, 0), (1, 0), (0, 1), (63, 17), (5, 64)]:
+            target = np.full(9000, 0xA5, dtype=np.uint8)
+            begin = to_offset + -target.ctypes.data % 64
+            piece = source[from_offset : from_offset + nbytes]
+            got = _native.crc32_copy(target.ctypes.data + begin, piece.ctypes.data, nbytes, 12345)
+            assert got == zlib.crc32(piece.tobytes(), 12345)
+            assert bytes(target[begin : begin + nbytes]) == piece.tobytes()
+            target[begin : begin + nbytes] = 0xA5
+            assert (target == 0xA5).all()  # nothing beside it was touched
+
+
 def test_images_that_break_their_guarantees_are_refused() -> None:
     extents = np.array([[0, 4, -1, 0, -1]], dtype=np.int64)
     none = np.empty((0, 2), dtype=np.int64)

@@ -124,8 +124,9 @@ def test_children_do_not_inherit_the_arena_and_the_end_gives_it_back() -> None:
     gc.collect()  # engines of other tests go now, not between two looks
     before = dontfork_nbytes()
     engine = make_engine(1237)
-    # A sum, since neighbouring mappings with the same flags are shown as one.
-    assert dontfork_nbytes() - before == engine.arena_nbytes == 1237 * CHUNK
+    # A sum, since neighbouring mappings with the same flags are shown as one; the copier's buffer is in it.
+    assert engine.arena_nbytes == 1237 * CHUNK
+    assert 0 < dontfork_nbytes() - before - engine.arena_nbytes <= 4 << 20
     engine.close()
     del engine
     assert dontfork_nbytes() == before
