@@ -1,14 +1,16 @@
 """Training that saves at each step: does it run at its own pace, or at the disk's?
 
 Some steps with a save after each, until the last save is durable; beside them as many quiet steps, and as
-many bytes written raw. The last save is compared with the state that it left; a step from what the last but
-one saved must lead to the same state, so that a save during which training went on is verified too.
+many bytes written raw. Of both the last two are kept and older ones deleted meanwhile, since to delete takes
+the disk's time too, most of all where the filesystem is mounted with `discard`. The last save is compared
+with the state that it left; a step from what the last but one saved must lead to the same state, so that a
+save during which training went on is verified too.
 
     best_s      what could be reached: all steps and then the last write, or the first step and then all
                 writes, whichever is longer; nothing is written before a step, and no step after the last
     x_best      seconds of all that, by best_s; the limit is one tenth more
     x_quiet     the same, by seconds of the quiet steps
-    x_raw       the same, by seconds of the raw writes
+    x_raw       the same, by seconds of the raw writes and deletions
     blocked_s   of one save, from its SaveReport; starved_s too
     unreported  what training lost but no report told: until the last save() returned, less the quiet steps,
                 less all of blocked_s; as a share of that time. Steps that run slower beside a save are in it
@@ -42,8 +44,8 @@ def run(options: Options) -> dict[str, Any]:
     """Measure and return the document."""
     workload = Workload(TINY if options.tiny else FULL)
     try:
-        # Kept, in flight and to be deleted; for each part of the memory, and a raw file.
-        with options.scratch((6 * len(_PARTS) + 1) * workload.nbytes) as scratch:
+        # Kept, in flight and to be deleted; for each part of the memory, and raw files.
+        with options.scratch((6 * len(_PARTS) + _KEEP_LAST + 1) * workload.nbytes) as scratch:
             return _run(options, workload, scratch)
     finally:
         workload.close()
@@ -110,7 +112,7 @@ def _measure(workload: Workload, saver: Asyncckpt, disk: RawDisk, first: int, st
     reports = [report for one in pending if (report := one.wait()) is not None]
     seconds = time.perf_counter() - began_s
     settle()
-    raw_s = sum(disk.direct(reports[-1].nbytes).seconds for _ in range(steps))
+    raw_s = disk.rolling(reports[-1].nbytes, steps, _KEEP_LAST)
     best_s = max(quiet_s + raw_s / steps, quiet_s / steps + raw_s)
     reported_s = sum(report.blocked_s for report in reports)
     return {

@@ -39,7 +39,7 @@ _PRESENT_DEADLINE_S = 30.0
 def run(options: Options) -> dict[str, Any]:
     """Measure and return the document."""
     size = TINY if options.tiny else FULL
-    rounds = 1 if options.tiny else options.rounds_or(5)
+    rounds = 1 if options.tiny else options.rounds_or(4)
     rows: list[dict[str, Any]] = []
     with options.scratch(3 * size.nbytes) as scratch:
         facts = machine.describe(scratch)

@@ -59,6 +59,22 @@ class RawDisk:
         self._path.unlink()
         return RawWrite(seconds, nbytes, direct)
 
+    def rolling(self, nbytes: int, count: int, kept: int) -> float:
+        """Seconds for `count` such writes one after the other where only the last files are kept, as many as
+        that; each file that is one too many is deleted in that time."""
+        paths = [self._path.with_name(f"raw-{index}") for index in range(kept + count)]
+        for path in paths[:kept]:
+            self.keep(path, nbytes)
+        settle()
+        began_s = time.perf_counter()
+        for old, new in zip(paths, paths[kept:], strict=False):
+            self.keep(new, nbytes)
+            old.unlink()
+        seconds = time.perf_counter() - began_s
+        for path in paths[count:]:
+            path.unlink()
+        return seconds
+
     def keep(self, path: Path, nbytes: int) -> Path:
         """A file to read, written as above."""
         self._write(path, -(-nbytes // _PAGE) * _PAGE, RAW_THREADS)

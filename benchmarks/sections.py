@@ -17,7 +17,8 @@ after one to warm up, every saver in turn, in every other round backwards: a few
 until that save is durable. By then every tensor has changed; the files are read back with what the saver's
 users read them with, compared bit for bit with the state at the call, and deleted. Beside each save, before
 and after it in turn, as many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one
-new preallocated file, fsync; training is idle then. A peer that does not answer in time is out.
+new preallocated file, fsync; training is idle then. Once in a round as many are written raw while training
+goes on: what the disk's traffic alone costs the steps. A peer that does not answer in time is out.
 
 - *Blocked*: the time inside the call, and what optimizer hooks made the step wait afterwards, both timed
   from outside.
@@ -60,12 +61,13 @@ writes through the page cache, is in nobody's account: it flatters the peers.
 _HOW_EVERY_STEP = """
 **How.** In each of {rounds} rounds, after one to warm up: {steps} quiet steps; {steps} steps with a save of
 {state} after each, until the last save is durable; raw writes of as many bytes by {raw_threads} threads, one
-file for each save. The last save is compared with the state that it left, and a step from the last but one
-must lead to the same state.
+file for each save. The last two saves and raw files are kept and older ones deleted meanwhile, in that time:
+deletions take the disk's time too, most of all where the filesystem is mounted with `discard`. The last save
+is compared with the state that it left, and a step from the last but one must lead to the same state.
 
 - *Time*: that of the steps with saves, until the last is durable.
 - *x best*: beside what could be reached: all quiet steps and then one raw write, or one quiet step and then
-  all raw writes, whichever is longer. The target allows a tenth more.
+  all raw writes and deletions, whichever is longer. The target allows a tenth more.
 - *Lost*: from the first step until the last save() returned, less the quiet steps.
 - *Unreported*: what of it is in no report's *blocked*, as a share of that time: steps that run slower while
   something is saved, for one.
@@ -90,6 +92,7 @@ def _stall(document: dict[str, Any]) -> list[str]:
     config, summaries = document["config"], document["summary"]
     weights, rows, columns = config["weights"]
     ours = next(iter(summaries.values()))
+    raw = document["beside_raw"]
     return [
         _HOW_STALL.format(
             state=size(config["nbytes"]),
@@ -106,17 +109,29 @@ def _stall(document: dict[str, Any]) -> list[str]:
         table(
             ("Saver", "Blocked", "x ours", "Slowdown", "Lost", "Durable", "x paired raw", "Contents right"),
             (
+                *(
+                    (
+                        name,
+                        spread(one["blocked_s"], "s"),
+                        f"{one['blocked_s']['median'] / ours['blocked_s']['median']:.1f}",
+                        spread(one["slowdown"], "%"),
+                        spread(one["lost_s"], "s"),
+                        spread(one["durable_s"], "s"),
+                        spread(one["ratio"], "x"),
+                        _contents(one),
+                    )
+                    for name, one in summaries.items()
+                ),
                 (
-                    name,
-                    spread(one["blocked_s"], "s"),
-                    f"{one['blocked_s']['median'] / ours['blocked_s']['median']:.1f}",
-                    spread(one["slowdown"], "%"),
-                    spread(one["lost_s"], "s"),
-                    spread(one["durable_s"], "s"),
-                    spread(one["ratio"], "x"),
-                    _contents(one),
-                )
-                for name, one in summaries.items()
+                    "raw writes, nothing saved",
+                    "",
+                    "",
+                    spread(raw["slowdown"], "%"),
+                    spread(raw["lost_s"], "s"),
+                    spread(raw["raw_s"], "s"),
+                    "",
+                    "",
+                ),
             ),
         ),
         bullets(f"*{name}*: {note}." for name, note in config["notes"].items()),

@@ -2,7 +2,8 @@
 
 Each measurement: quiet steps; save(); steps until the save is durable; the files are read with stock
 tools and compared with the state at the call, although training changed every tensor meanwhile; deleted.
-A raw write of the same size stands next to each, before and after in turn.
+A raw write of the same size stands next to each, before and after in turn. Once in a round, as many bytes are
+written raw beside training, with nothing to save: what the disk's traffic alone costs the steps.
 
     blocked     inside save(), and what the optimizer's hooks made it wait afterwards; both timed from
                 outside, whatever the saver reports
@@ -20,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from .peers import PEERS
 from .raw_disk import RAW_THREADS, RawDisk, settle
 from .results import Options, best_peer_target, summary, target
 from .savers import Asyncckpt, Saver
-from .workload import FULL, TINY, Workload
+from .workload import FULL, TINY, StepTime, Workload
 
 BLOCKED_TARGET_S = 0.005
 BEST_PEER_TARGET_RATIO = 0.2  # five times less
@@ -47,7 +49,7 @@ _QUIET_STEPS = 3
 def measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
     """One save under training. Leaves no files."""
     settle()
-    quiet = [workload.step().total_s for _ in range(_QUIET_STEPS)]
+    quiet_s = median(workload.step().total_s for _ in range(_QUIET_STEPS))
     workload.remember()
     workload.all_threads()
     began_s = time.perf_counter()
@@ -59,18 +61,16 @@ def measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
         flying.append(workload.step())
     elapsed_s = time.perf_counter() - began_s
     report = pending.wait()
-    quiet_s = median(quiet)
     fence_s = sum(one.fence_s for one in flying)
-    flying_s = sum(one.total_s for one in flying)
     row: dict[str, Any] = {
         "saver": saver.name,
         "call_s": call_s,
         "fence_s": fence_s,
         "blocked_s": call_s + fence_s,
         "durable_s": pending.durable_at_s - began_s,
-        "quiet_step_s": quiet,
+        "quiet_step_s": quiet_s,
         "steps_in_flight_s": [one.total_s for one in flying],
-        "slowdown": (flying_s - fence_s) / len(flying) / quiet_s - 1,
+        "slowdown": _slowdown(flying, quiet_s),
         "lost_s": elapsed_s - len(flying) * quiet_s,
     }
     if report is not None:
@@ -86,6 +86,31 @@ def measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
     return row
 
 
+def measure_beside_raw(workload: Workload, disk: RawDisk) -> dict[str, Any]:
+    """Steps while as many bytes are written raw: nothing is copied, checksummed or waited for."""
+    settle()
+    quiet_s = median(workload.step().total_s for _ in range(_QUIET_STEPS))
+    with ThreadPoolExecutor(1) as thread:
+        began_s = time.perf_counter()
+        writing = thread.submit(disk.direct, workload.nbytes)
+        flying = [workload.step()]
+        while not writing.done():
+            flying.append(workload.step())
+        elapsed_s = time.perf_counter() - began_s
+    return {
+        "raw_s": writing.result().seconds,
+        "quiet_step_s": quiet_s,
+        "steps_in_flight_s": [one.total_s for one in flying],
+        "slowdown": _slowdown(flying, quiet_s),
+        "lost_s": elapsed_s - len(flying) * quiet_s,
+    }
+
+
+def _slowdown(flying: list[StepTime], quiet_s: float) -> float:
+    """Of steps in flight, without their waits."""
+    return mean(one.total_s - one.fence_s for one in flying) / quiet_s - 1
+
+
 def run(options: Options) -> dict[str, Any]:
     """Measure and return the document."""
     warnings.filterwarnings("ignore", module="torch")  # of its own insides, and of being a single process
@@ -99,14 +124,18 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
-    rounds = options.rounds_or(8)
+    rounds = options.rounds_or(6)
     disk = RawDisk(scratch)
     whole = Asyncckpt(OURS[0], workload, scratch / "whole", workload.nbytes + (64 << 20))
     part = Asyncckpt(OURS[1], workload, scratch / "part", workload.nbytes // _SMALL_PART)
     lineup = Lineup([whole, part], workload, scratch)
     rows: list[dict[str, Any]] = []
+    raw_rows: list[dict[str, Any]] = []
     try:
         for number in range(rounds + 1):  # the first warms up
+            beside_raw = measure_beside_raw(workload, disk)
+            if number:
+                raw_rows.append({"round": number, **beside_raw})
             for saver in lineup.turns(number):
                 raw = None
                 if number % 2:
@@ -144,7 +173,7 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
             "tensors": workload.tensor_count,
             "weights": [workload.size.weights, workload.size.rows, workload.size.columns],
             "compute_s": workload.size.compute_s,
-            "step_s": mean(one for row in rows for one in row["quiet_step_s"]),
+            "step_s": mean(row["quiet_step_s"] for row in rows),
             "raw_threads": RAW_THREADS,
             "rounds": rounds,
             "notes": {saver.name: saver.note for saver in savers},
@@ -152,7 +181,9 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
         "targets": _targets(summaries[whole.name], whole.note, rows),
         "cannot_run": lineup.cannot_run,
         "summary": summaries,
+        "beside_raw": {key: summary(row[key] for row in raw_rows) for key in ("raw_s", "slowdown", "lost_s")},
         "rows": rows,
+        "raw_rows": raw_rows,
     }
 
 

@@ -167,7 +167,8 @@ ASYNCCKPT_WIDE size_t update_wide(uint32_t state, const uint8_t* data, size_t nb
   const size_t taken_nbytes = nbytes & ~size_t{255};
   __m512i a = _mm512_xor_si512(load_wide<kCopies>(data, to, 0),
                                _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
-  __m512i b = load_wide<kCopies>(data, to, 1), c = load_wide<kCopies>(data, to, 2), d = load_wide<kCopies>(data, to, 3);
+  __m512i b = load_wide<kCopies>(data, to, 1), c = load_wide<kCopies>(data, to, 2),
+          d = load_wide<kCopies>(data, to, 3);
   for (size_t done = 256; done < taken_nbytes; done += 256) {
     data += 256;
     if (kCopies) to += 256;
@@ -208,7 +209,8 @@ ASYNCCKPT_DOUBLE size_t update_double(uint32_t state, const uint8_t* data, size_
   const size_t taken_nbytes = nbytes & ~size_t{127};
   __m256i a = _mm256_xor_si256(load_double<kCopies>(data, to, 0),
                                _mm256_zextsi128_si256(_mm_cvtsi32_si128(static_cast<int>(state))));
-  __m256i b = load_double<kCopies>(data, to, 1), c = load_double<kCopies>(data, to, 2), d = load_double<kCopies>(data, to, 3);
+  __m256i b = load_double<kCopies>(data, to, 1), c = load_double<kCopies>(data, to, 2),
+          d = load_double<kCopies>(data, to, 3);
   for (size_t done = 128; done < taken_nbytes; done += 128) {
     data += 128;
     if (kCopies) to += 128;

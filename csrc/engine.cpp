@@ -511,8 +511,11 @@ void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling, unsigned copier
     const uint64_t from = std::max(begin, extent->offset);
     const uint64_t to = std::min(end, extent->offset + extent->nbytes);
     const uint64_t source_offset = extent->source_offset + (from - extent->offset);
-    Job::Piece piece{static_cast<size_t>(from - begin), static_cast<size_t>(to - from),
-                     extent->record, source_offset, {}};
+    Job::Piece piece{static_cast<size_t>(from - begin),
+                     static_cast<size_t>(to - from),
+                     extent->record,
+                     source_offset,
+                     {}};
     char* const target = buffer + piece.offset_in_chunk;
     if (extent->source != kLiteral && piece.nbytes > 0) {
       const Source& source = job.sources_[static_cast<size_t>(extent->source)];

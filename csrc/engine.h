@@ -125,7 +125,7 @@ class Job {
     size_t offset_in_chunk;
     size_t nbytes;
     int64_t record;
-    uint64_t literal_offset;  // where a literal's bytes are in the image's literals
+    uint64_t literal_offset;      // where a literal's bytes are in the image's literals
     std::optional<uint32_t> crc;  // once known; literals are checksummed when the chunk is sealed
   };
   struct Chunk {
