@@ -24,7 +24,7 @@ from .formats.image import FileImage, Int64Array
 from .formats.pickles import BadPickleError, Pickled, StorageRef, find_inert, unpickle
 from .formats.refs import span_elements
 from .shards import local_of
-from .tree import Leaf, StateTree, Structure, tensors_in
+from .tree import Leaf, StateTree, Steady, Structure, tensors_in
 
 _ATOMS = {str, int, float, bool, type(None)}
 NO_SLAB = -1  # in place of a slab's number; the same as kNoSlab in csrc/engine.h
@@ -283,13 +283,56 @@ def planned_with(
     )
 
 
-def are_tied_alike(at: npt.NDArray[np.uint64], first: npt.NDArray[np.int64]) -> bool:
-    """Whether tensors at these addresses are tied to the same ones; empty ones, at no address, to none."""
-    if not np.array_equal(at[first], at):
-        return False
-    apart = at[np.unique(first)]
-    apart = apart[apart != 0]
-    return len(np.unique(apart)) == len(apart)
+@dataclass(frozen=True, eq=False)
+class SteadyBefore:
+    """The steady tensors of a tree that a plan was made of.
+
+    Attributes:
+        structure: what they are.
+        at: address of each.
+        first: the first that is tied to it; itself, most of the time.
+    """
+
+    structure: Structure
+    at: npt.NDArray[np.uint64]
+    first: npt.NDArray[np.int64]
+
+    def again(self, tree: StateTree) -> Steady | None:
+        """Those of another tree, if they are the same but for values and addresses, and tied alike."""
+        steady = tree.steady
+        if steady is None or steady.structure is not self.structure:
+            return None
+        at = steady.survey.addresses
+        return steady if np.array_equal(at, self.at) or self._are_tied_alike(at) else None
+
+    def _are_tied_alike(self, at: npt.NDArray[np.uint64]) -> bool:
+        if not np.array_equal(at[self.first], at):
+            return False
+        apart = at[np.unique(self.first)]
+        apart = apart[apart != 0]  # empty ones, at no address, are tied to none
+        return len(np.unique(apart)) == len(apart)
+
+
+def moved(
+    before: Spans,
+    rows: npt.NDArray[np.int64],
+    addresses: npt.NDArray[np.uint64],
+    tensors: Sequence[torch.Tensor],
+    of_row: npt.NDArray[np.int64],
+) -> Spans:
+    """Spans of which these rows are elsewhere now. What stayed where it was is not asked for its device.
+
+    Args:
+        tensors, of_row: what each of the rows is of.
+
+    Returns:
+        Spans that hold nothing.
+    """
+    now, where = before.addresses.copy(), before.devices.copy()
+    for index in np.flatnonzero(addresses != before.addresses[rows]).tolist():
+        where[rows[index]] = devices.seam.device_of(tensors[of_row[index]])
+    now[rows] = addresses
+    return Spans(now, before.sizes, where, None)
 
 
 def number_storages(names: list[str], written: list[tuple[str, Pickled]]) -> list[list[tuple[int, int]]]:

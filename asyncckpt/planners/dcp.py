@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .. import devices
 from ..errors import LeafError
 from ..formats import distcp, torch_zip
 from ..formats.image import ImageBuilder
@@ -31,9 +30,10 @@ from ..plan import (
     Planned,
     SharedPart,
     Spans,
+    SteadyBefore,
     WritePlan,
-    are_tied_alike,
     inert_in,
+    moved,
     number_storages,
     planned_with,
     refuse_unreachable,
@@ -92,17 +92,15 @@ class _Remembered(NamedTuple):
     """Of the last save, what the next one needs to have the same plan.
 
     Attributes:
-        structure: of its steady tensors.
+        steady: its steady tensors.
         loose: names of the other leaves, in their order; signature: of those alone.
         spans: all of them, as they were.
         rows: which of them are of steady tensors.
         of_row, begins: of which, and from which byte on.
         loose_rows: the other spans, and their items among the loose leaves.
-        at: address of each steady tensor.
-        first: the first that is tied to it; itself, most of the time.
     """
 
-    structure: Structure
+    steady: SteadyBefore
     loose: tuple[str, ...]
     signature: object
     spans: Spans
@@ -110,8 +108,6 @@ class _Remembered(NamedTuple):
     of_row: npt.NDArray[np.int64]
     begins: npt.NDArray[np.uint64]
     loose_rows: list[tuple[int, int]]
-    at: npt.NDArray[np.uint64]
-    first: npt.NDArray[np.int64]
 
 
 class Arrangement(NamedTuple):
@@ -191,11 +187,11 @@ class DcpPlanner(PlanCache):
         return planned
 
     def knows(self, structure: Structure) -> bool:
-        return self._remembered is not None and self._remembered.structure is structure
+        return self._remembered is not None and self._remembered.steady.structure is structure
 
     def plan_again(self, tree: StateTree) -> Planned | None:
-        last, steady, plan = self._remembered, tree.steady, self._plan
-        if last is None or steady is None or plan is None or last.structure is not steady.structure:
+        last, plan = self._remembered, self._plan
+        if last is None or plan is None or (steady := last.steady.again(tree)) is None:
             return None
         own = self._own(tree)
         found = {leaf.name: leaf for leaf in leaves_of(tree) if leaf.path[0] not in own}
@@ -204,23 +200,17 @@ class DcpPlanner(PlanCache):
         seen = self._see([found[name] for name in last.loose], own, frozenset())
         if seen.signature != last.signature or not plan.takes([pickled for _, pickled in seen.written]):
             return None
-        at = steady.survey.addresses
-        if not np.array_equal(at, last.at) and not are_tied_alike(at, last.first):
-            return None
         loose = Spans.of(
             [
                 (local_of(seen.unique[item]), self._sources[row].begin_nbytes, self._sources[row].nbytes)
                 for row, item in last.loose_rows
             ]
         )
-        addresses, where = np.empty_like(last.spans.addresses), last.spans.devices.copy()
-        addresses[last.rows] = at[last.of_row] + last.begins
+        at = steady.survey.addresses[last.of_row] + last.begins
+        spans = moved(last.spans, last.rows, at, steady.tensors, last.of_row)
         rows = np.array([row for row, _ in last.loose_rows], dtype=np.int64)
-        addresses[rows], where[rows] = loose.addresses, loose.devices
-        for row in np.flatnonzero(addresses[last.rows] != last.spans.addresses[last.rows]).tolist():
-            where[last.rows[row]] = devices.seam.device_of(steady.tensors[last.of_row[row]])
-        # Of the steady ones, the guard holds the memory.
-        spans = Spans(addresses, last.spans.sizes, where, loose.held)
+        spans.addresses[rows], spans.devices[rows] = loose.addresses, loose.devices
+        spans = replace(spans, held=loose.held)  # of the steady ones, the guard holds the memory
         return planned_with(plan, seen.written, spans, False, seen.crcs)
 
     def _remember(
@@ -249,7 +239,7 @@ class DcpPlanner(PlanCache):
         pickles = len(planned.plan.slots)
         spans = slice(pickles, pickles + len(sources))
         return _Remembered(
-            steady.structure,
+            SteadyBefore(steady.structure, steady.survey.addresses, first),
             tuple(leaf.name for leaf in loose),
             self._signature(
                 [
@@ -264,8 +254,6 @@ class DcpPlanner(PlanCache):
             np.array([steady_items[source.item] for _, source in mine], dtype=np.int64),
             np.array([source.begin_nbytes for _, source in mine], dtype=np.uint64),
             [(row, loose_items[source.item]) for row, source in sources if source.item in loose_items],
-            steady.survey.addresses,
-            first,
         )
 
     def _own(self, tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,9 +28,10 @@ from ..plan import (
     PlanCache,
     Planned,
     Spans,
+    SteadyBefore,
     WritePlan,
-    are_tied_alike,
     inert_in,
+    moved,
     planned_with,
     refuse_unreachable,
     slot_nbytes,
@@ -46,21 +47,17 @@ class _Remembered(NamedTuple):
     """Of the last save, what the next one needs to have the same plan.
 
     Attributes:
-        structure: of its steady tensors.
+        steady: its steady tensors.
         weave: of the file with the model; signature: of all files.
         rows: of steady tensors, one for each of their storages.
         spans: these storages, as they were.
-        at: address of each steady tensor.
-        first: the first that is tied to it; itself, most of the time.
     """
 
-    structure: Structure
+    steady: SteadyBefore
     weave: Weave
     signature: object
     rows: npt.NDArray[np.int64]
     spans: Spans
-    at: npt.NDArray[np.uint64]
-    first: npt.NDArray[np.int64]
 
 
 class MegatronPlanner(PlanCache):
@@ -114,11 +111,11 @@ class MegatronPlanner(PlanCache):
         return planned_with(plan, named, spans, served is None)
 
     def knows(self, structure: Structure) -> bool:
-        return self._remembered is not None and self._remembered.structure is structure
+        return self._remembered is not None and self._remembered.steady.structure is structure
 
     def plan_again(self, tree: StateTree) -> Planned | None:
-        last, steady, plan = self._remembered, tree.steady, self._plan
-        if last is None or steady is None or plan is None or last.structure is not steady.structure:
+        last, plan = self._remembered, self._plan
+        if last is None or plan is None or (steady := last.steady.again(tree)) is None:
             return None
         for leaf in leaves_of(tree):
             refuse_unreachable(leaf)
@@ -131,19 +128,14 @@ class MegatronPlanner(PlanCache):
         except Exception:  # noqa: BLE001 -- a leaf's own code may raise anything; `plan` says which leaf
             return None
         named += [(other, pickle_tree(part, where=where)) for other, where, part in others]
-        at = steady.survey.addresses
         if self._signature(named) != last.signature or not plan.takes([pickled for _, pickled in named]):
             return None
-        if not np.array_equal(at, last.at) and not are_tied_alike(at, last.first):
-            return None
+        at = steady.survey.addresses
         if is_among([storage.data_ptr() for _, pickled in named for storage in pickled.storages], at):
             return None  # what was loose is steady now, too
-        addresses = at[last.rows]
-        where = last.spans.devices.copy()
-        for row in np.flatnonzero(addresses != last.spans.addresses).tolist():
-            where[row] = devices.seam.device_of(steady.tensors[last.rows[row]])
         # The guard holds the memory.
-        return planned_with(plan, named, Spans(addresses, last.spans.sizes, where, None), False)
+        spans = moved(last.spans, np.arange(len(last.rows)), at[last.rows], steady.tensors, last.rows)
+        return planned_with(plan, named, spans, False)
 
     def _woven(self, tree: Mapping[str, Any]) -> Woven | None:
         """The file with the model, if its steady tensors can be told apart."""
@@ -167,13 +159,11 @@ class MegatronPlanner(PlanCache):
         first = [row if not one else firsts.setdefault(one, row) for row, one in enumerate(at.tolist())]
         rows = np.array([row for _, row in woven.storages], dtype=np.int64)
         return _Remembered(
-            steady.structure,
+            SteadyBefore(steady.structure, at, np.array(first, dtype=np.int64)),
             woven.weave,
             self._signature(named),
             rows,
             Spans(spans.addresses, spans.sizes, spans.devices, None),
-            at,
-            np.array(first, dtype=np.int64),
         )
 
     @staticmethod
