@@ -75,7 +75,10 @@ class Engine:
         prefault: bool,
         driver: str = ...,
         yielding: bool = ...,
-    ) -> None: ...
+        copiers_checksum: bool | None = ...,
+    ) -> None:
+        """copiers_checksum: None leaves it to the processor: they do where that is nearly free."""
+
     def use_device(self, ordinal: int) -> None:
         """Raises DeviceError."""
 

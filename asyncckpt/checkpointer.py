@@ -91,7 +91,8 @@ class AsyncCheckpointer:
         writers: threads that write to disk.
         writers_priority: "normal": a little below training's. "low": nice 19 and the lowest best-effort I/O
             priority (which only some I/O schedulers heed); a save may then take long on a busy machine.
-        keep_last: steps to keep, by order of commit; None keeps all.
+        keep_last: steps to keep, by order of commit; None keeps all. To delete a step takes the disk's time
+            as well, noticeably so on filesystems that are mounted with `discard`.
         keep_every: also keep steps divisible by this.
         on_error: "raise": a failed save surfaces at the next save(), at wait() and close(). "warn": it
             is logged, and the next save tries again.

@@ -376,7 +376,8 @@ NB_MODULE(_native, m) {
       .def(
           "__init__",
           [](EngineHandle* self, size_t arena_nbytes, size_t chunk_nbytes, unsigned copiers,
-             unsigned writers, bool direct, bool prefault, std::string driver, bool yielding) {
+             unsigned writers, bool direct, bool prefault, std::string driver, bool yielding,
+             std::optional<bool> copiers_checksum) {
             if (chunk_nbytes == 0 || chunk_nbytes % kDirectAlignment != 0)
               throw nb::value_error("chunk_nbytes must be a positive multiple of 4096");
             EngineOptions options;
@@ -388,10 +389,12 @@ NB_MODULE(_native, m) {
             options.prefault = prefault;
             options.driver = std::move(driver);
             options.yielding = yielding;
+            if (copiers_checksum) options.copiers_checksum = *copiers_checksum;
             new (self) EngineHandle(options);
           },
           nb::kw_only(), "arena_nbytes"_a, "chunk_nbytes"_a, "copiers"_a, "writers"_a, "direct"_a,
-          "prefault"_a, "driver"_a = "libcuda.so.1", "yielding"_a = false)
+          "prefault"_a, "driver"_a = "libcuda.so.1", "yielding"_a = false,
+          "copiers_checksum"_a = nb::none())
       .def(
           "use_device",
           [](EngineHandle& handle, int ordinal) {

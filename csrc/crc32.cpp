@@ -93,9 +93,11 @@ static_assert(fold_constant(512 + 32) == 0x0154442bd4 && fold_constant(512 - 32)
 static_assert(fold_constant(128 + 32) == 0x01751997d0 && fold_constant(128 - 32) == 0x00ccaa009e);
 static_assert(fold_constant(64) == 0x0163cd6124);
 
-// Takes a multiple of 16 bytes, at least 64.
+// Takes a multiple of 16 bytes, at least 64. With kCopies, here and below, what was taken is also at `to`, past
+// the cache; that is a multiple of 64 then.
+template <bool kCopies>
 __attribute__((target("pclmul,sse4.1"))) uint32_t update_clmul(uint32_t state, const uint8_t* data,
-                                                               size_t nbytes) {
+                                                               size_t nbytes, uint8_t* to) {
   const __m128i fold_512 = _mm_set_epi64x(fold_constant(512 - 32), fold_constant(512 + 32));
   const __m128i fold_128 = _mm_set_epi64x(fold_constant(128 - 32), fold_constant(128 + 32));
   const __m128i fold_64 = _mm_set_epi64x(0, fold_constant(64));
@@ -103,7 +105,14 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t update_clmul(uint32_t state, c
   const __m128i low_words = _mm_setr_epi32(~0, 0, ~0, 0);
 
   const auto load = [&](size_t lane) __attribute__((target("pclmul,sse4.1"))) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(data) + lane);
+    const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data) + lane);
+    if (kCopies) _mm_stream_si128(reinterpret_cast<__m128i*>(to) + lane, loaded);
+    return loaded;
+  };
+  const auto advance = [&](size_t taken_nbytes) {
+    data += taken_nbytes;
+    nbytes -= taken_nbytes;
+    if (kCopies) to += taken_nbytes;
   };
   const auto fold = [](__m128i lane, __m128i by,
                        __m128i next) __attribute__((target("pclmul,sse4.1"))) {
@@ -114,9 +123,8 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t update_clmul(uint32_t state, c
 
   __m128i a = _mm_xor_si128(load(0), _mm_cvtsi32_si128(static_cast<int>(state)));
   __m128i b = load(1), c = load(2), d = load(3);
-  data += 64;
-  nbytes -= 64;
-  for (; nbytes >= 64; data += 64, nbytes -= 64) {
+  advance(64);
+  for (; nbytes >= 64; advance(64)) {
     a = fold(a, fold_512, load(0));
     b = fold(b, fold_512, load(1));
     c = fold(c, fold_512, load(2));
@@ -125,7 +133,7 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t update_clmul(uint32_t state, c
   a = fold(a, fold_128, b);
   a = fold(a, fold_128, c);
   a = fold(a, fold_128, d);
-  for (; nbytes >= 16; data += 16, nbytes -= 16) a = fold(a, fold_128, load(0));
+  for (; nbytes >= 16; advance(16)) a = fold(a, fold_128, load(0));
 
   // 128 bits -> 64 -> 32 (Barrett reduction).
   a = _mm_xor_si128(_mm_srli_si128(a, 8), _mm_clmulepi64_si128(a, fold_128, 0x10));
@@ -158,7 +166,6 @@ ASYNCCKPT_WIDE inline __m512i load_wide(const uint8_t* data, uint8_t* to, size_t
   return loaded;
 }
 
-// With kCopies, what was taken is also at `to`, past the cache; that is a multiple of 64 then.
 template <bool kCopies>
 ASYNCCKPT_WIDE size_t update_wide(uint32_t state, const uint8_t* data, size_t nbytes,
                                   uint8_t lanes[64], uint8_t* to) {
@@ -259,13 +266,13 @@ uint32_t crc32(uint32_t crc, const void* data, size_t nbytes) {
     uint8_t lanes[64];
     const auto update = has_wide() ? update_wide<false> : update_double<false>;
     const size_t taken_nbytes = update(state, bytes, nbytes, lanes, nullptr);
-    state = update_clmul(0, lanes, sizeof lanes);
+    state = update_clmul<false>(0, lanes, sizeof lanes, nullptr);
     bytes += taken_nbytes;
     nbytes -= taken_nbytes;
   }
   if (nbytes >= 64 && has_clmul()) {
     const size_t folded_nbytes = nbytes & ~size_t{15};
-    state = update_clmul(state, bytes, folded_nbytes);
+    state = update_clmul<false>(state, bytes, folded_nbytes, nullptr);
     bytes += folded_nbytes;
     nbytes -= folded_nbytes;
   }
@@ -276,20 +283,33 @@ uint32_t crc32(uint32_t crc, const void* data, size_t nbytes) {
 uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
 #ifdef ASYNCCKPT_HAVE_CLMUL
   const size_t head_nbytes = -reinterpret_cast<uintptr_t>(to) % 64;
-  if (nbytes >= 512 + head_nbytes && (has_wide() || has_double())) {
+  if (nbytes >= head_nbytes + 64 && has_clmul()) {
     const auto* bytes = static_cast<const uint8_t*>(data);
     auto* target = static_cast<uint8_t*>(to);
-    crc = crc32(crc, bytes, head_nbytes);
-    std::memcpy(target, bytes, head_nbytes);
-    bytes += head_nbytes, target += head_nbytes, nbytes -= head_nbytes;
-    uint8_t lanes[64];
-    const auto update = has_wide() ? update_wide<true> : update_double<true>;
-    const size_t taken_nbytes = update(~crc, bytes, nbytes, lanes, target);
+    const auto advance = [&](size_t taken_nbytes) {
+      bytes += taken_nbytes, target += taken_nbytes, nbytes -= taken_nbytes;
+    };
+    const auto copy_plainly = [&](size_t taken_nbytes) {
+      crc = crc32(crc, bytes, taken_nbytes);
+      std::memcpy(target, bytes, taken_nbytes);
+      advance(taken_nbytes);
+    };
+    copy_plainly(head_nbytes);
+    if (nbytes >= 512 && (has_wide() || has_double())) {
+      uint8_t lanes[64];
+      const auto update = has_wide() ? update_wide<true> : update_double<true>;
+      const size_t taken_nbytes = update(~crc, bytes, nbytes, lanes, target);
+      crc = ~update_clmul<false>(0, lanes, sizeof lanes, nullptr);
+      advance(taken_nbytes);
+    }
+    if (nbytes >= 64) {
+      const size_t folded_nbytes = nbytes & ~size_t{15};
+      crc = ~update_clmul<true>(~crc, bytes, folded_nbytes, target);
+      advance(folded_nbytes);
+    }
     _mm_sfence();  // whoever is told that it is there sees all of it
-    crc = ~update_clmul(0, lanes, sizeof lanes);
-    bytes += taken_nbytes, target += taken_nbytes, nbytes -= taken_nbytes;
-    std::memcpy(target, bytes, nbytes);
-    return crc32(crc, bytes, nbytes);
+    copy_plainly(nbytes);
+    return crc;
   }
 #endif
   crc = crc32(crc, data, nbytes);
@@ -302,6 +322,14 @@ uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b) {
   for (size_t k = 3; nbytes_b != 0; nbytes_b >>= 1, ++k)
     if (nbytes_b & 1) crc_a = multiply(kPowers[k % kPowers.size()], crc_a);
   return crc_a ^ crc_b;
+}
+
+bool crc32_goes_along() {
+#ifdef ASYNCCKPT_HAVE_CLMUL
+  return has_clmul();
+#else
+  return false;
+#endif
 }
 
 const char* crc32_kernel() {

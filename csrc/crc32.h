@@ -13,6 +13,9 @@ uint32_t crc32(uint32_t crc, const void* data, size_t nbytes);
 // is in the cache.
 uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes);
 
+// Whether that costs little more than the copy. Not with the portable kernel.
+bool crc32_goes_along();
+
 // The CRC of A followed by B, from the CRC of A, the CRC of B and the size of B.
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b);
 

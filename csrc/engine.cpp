@@ -157,7 +157,7 @@ Engine::Engine(const EngineOptions& options)
       direct_(options.direct),
       driver_(options.driver),
       copiers_(std::max(1u, options.copiers)),
-      host_copies_(copiers_),
+      host_copies_(copiers_, options.copiers_checksum),
       yielding_(options.yielding),
       owner_(::getpid()) {
   for (size_t index = arena_.chunks(); index-- > 0;) free_buffers_.push_back(index);
@@ -504,6 +504,12 @@ void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling, unsigned copier
   const uint64_t begin = chunk.offset;
   const uint64_t end = begin + chunk.nbytes;
   for (const Job::DeviceUse& use : job.devices_) filling.from.push_back({use.device, {}});
+  struct Copied {
+    size_t piece;
+    int64_t source;
+  };
+  std::vector<HostCopy> copies;
+  std::vector<Copied> copied;  // what each is
   auto extent = std::upper_bound(
       image.extents.begin(), image.extents.end(), begin,
       [](uint64_t offset, const Extent& e) { return offset < e.offset + e.nbytes; });
@@ -521,22 +527,25 @@ void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling, unsigned copier
       const Source& source = job.sources_[static_cast<size_t>(extent->source)];
       const uint64_t address = source.address + source_offset;
       if (source.device == kHost) {
-        uint32_t crc = 0;
-        filling.error_number = host_copies_.copy(copier, target, address, piece.nbytes, &crc);
-        piece.crc = crc;
+        copies.push_back({target, address, piece.nbytes});
+        copied.push_back({chunk.pieces.size(), extent->source});
         filling.open = nullptr;  // no copy may run over these bytes
       } else {
         filling.add(source, {target, address, piece.nbytes});
       }
-      if (filling.error_number != 0) {
-        filling.failed_source = extent->source;
-        filling.failed_offset = from;
-        filling.from.clear();
-        return;
-      }
     }
     chunk.pieces.push_back(piece);
   }
+  size_t failed = 0;
+  filling.error_number = host_copies_.copy(copier, copies, &failed);
+  if (filling.error_number != 0) {
+    filling.failed_source = copied[failed].source;
+    filling.failed_offset = begin + chunk.pieces[copied[failed].piece].offset_in_chunk;
+    filling.from.clear();
+    return;
+  }
+  for (size_t index = 0; index < copies.size(); ++index)
+    chunk.pieces[copied[index].piece].crc = copies[index].crc;
 }
 
 // Sends the copies from devices on their way, and notes in the chunk what tells their end.

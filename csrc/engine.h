@@ -16,9 +16,9 @@
 //     the process lives. (Its job has failed; what the device still reads for it comes to nothing.)
 //
 // Threads: copiers fill chunks and do nothing else, since that is what training waits for: bytes of
-// the host they copy, and checksum them while they are in the cache; copies from devices they enqueue,
-// chunk by chunk. One thread sleeps until the devices are done with a chunk. Writers put the literals
-// into the filled ones, checksum what came from devices, seal chunks in file order (fix-ups, CRCs that
+// the host they copy, and checksum them on the way where that is nearly free; copies from devices they
+// enqueue, chunk by chunk. One thread sleeps until the devices are done with a chunk. Writers put the
+// literals into the filled ones, checksum what is not yet, seal chunks in file order (fix-ups, CRCs that
 // need earlier ones), write them and sync the files; they run at a lower priority, so that on few cores
 // copying goes first.
 //
@@ -41,6 +41,7 @@
 #include <sys/types.h>
 
 #include "arena.h"
+#include "crc32.h"
 #include "device.h"
 #include "file.h"
 #include "host_copy.h"
@@ -198,7 +199,8 @@ struct EngineOptions {
   unsigned writers = 4;
   bool yielding = false;  // writers wait for all others: nice 19, lowest I/O priority but idle
   bool direct = true;     // try O_DIRECT
-  bool prefault = true;   // make the arena's pages present in the background
+  bool copiers_checksum = crc32_goes_along();
+  bool prefault = true;                 // make the arena's pages present in the background
   std::string driver = "libcuda.so.1";  // loaded when a device is first used
 };
 

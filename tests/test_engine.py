@@ -27,7 +27,13 @@ def no_faults_left() -> Iterator[None]:
 
 
 def make_engine(
-    chunks: int = 8, *, chunk_nbytes: int = CHUNK, copiers: int = 2, writers: int = 3, direct: bool = True
+    chunks: int = 8,
+    *,
+    chunk_nbytes: int = CHUNK,
+    copiers: int = 2,
+    writers: int = 3,
+    direct: bool = True,
+    copiers_checksum: bool | None = None,
 ) -> _native.Engine:
     return _native.Engine(
         arena_nbytes=chunks * chunk_nbytes,
@@ -36,6 +42,7 @@ def make_engine(
         writers=writers,
         direct=direct,
         prefault=True,
+        copiers_checksum=copiers_checksum,
     )
 
 
@@ -72,10 +79,12 @@ def random_image(rng: random.Random, path: str) -> tuple[FileImage, list[np.ndar
     return builder.build(), arrays
 
 
+@pytest.mark.parametrize("copiers_checksum", [True, False])
 @pytest.mark.parametrize("seed", range(40))
-def test_files_equal_the_reference(tmp_path: Path, seed: int) -> None:
+def test_files_equal_the_reference(tmp_path: Path, seed: int, copiers_checksum: bool) -> None:
     rng = random.Random(seed)
-    engine = make_engine(rng.choice([1, 2, 3, 16]), direct=rng.random() < 0.7)
+    chunks, direct = rng.choice([1, 2, 3, 16]), rng.random() < 0.7
+    engine = make_engine(chunks, direct=direct, copiers_checksum=copiers_checksum)
     image, arrays = random_image(rng, "a")
     job = submit(engine, tmp_path, [image], arrays)
     assert job.wait_finished(30)
@@ -158,10 +167,62 @@ def test_short_writes_and_interruptions_are_completed(tmp_path: Path) -> None:
         _native.faults.disarm()
 
 
-def test_a_source_that_went_away_fails_the_job_and_names_it(tmp_path: Path) -> None:
+def small_sources(seed: int, count: int = 3000) -> tuple[FileImage, list[np.ndarray]]:
+    """Records that are gathered, hundreds at once, some large ones among them, and literals between."""
+    rng = random.Random(seed)
+    builder = ImageBuilder("small")
+    arrays = []
+    for index in range(count):
+        nbytes = rng.choice([1, 4, 63, 64, 200, 1792, 4096, 5000]) if index % 500 else 700_000
+        arrays.append(np.frombuffer(rng.randbytes(nbytes), dtype=np.uint8))
+        builder.record(index, nbytes)
+        builder.literal(rng.randbytes(rng.choice([0, 0, 3])))
+    return builder.build(), arrays
+
+
+@pytest.mark.parametrize("copiers_checksum", [True, False])
+def test_small_sources_are_gathered(tmp_path: Path, copiers_checksum: bool) -> None:
+    engine = make_engine(3, chunk_nbytes=1 << 20, copiers_checksum=copiers_checksum)
+    image, arrays = small_sources(1)
+    job = submit(engine, tmp_path, [image], arrays)
+    assert job.wait_finished(30)
+    assert job.error is None
+    assert (tmp_path / "small").read_bytes() == image.render([a.tobytes() for a in arrays])
+    assert job.record_crcs(0) == [zlib.crc32(a.tobytes()) for a in arrays]
+
+
+@pytest.mark.parametrize("gone", [0, 1, 137, 500, 1000, 2999])
+@pytest.mark.parametrize("copiers_checksum", [True, False])
+def test_of_many_sources_the_one_that_went_away_is_named(
+    tmp_path: Path, gone: int, copiers_checksum: bool
+) -> None:
     import mmap
 
-    engine = make_engine(2, copiers=1)
+    engine = make_engine(8, chunk_nbytes=1 << 20, copiers=1, copiers_checksum=copiers_checksum)
+    image, arrays = small_sources(2)
+    memory = mmap.mmap(-1, 1 << 20)
+    address = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    memory.close()
+    addresses = [array.ctypes.data for array in arrays]
+    addresses[gone] = address
+    job = engine.submit(
+        str(tmp_path),
+        [native(image)],
+        np.array(addresses, dtype=np.uint64),
+        np.array([array.nbytes for array in arrays], dtype=np.uint64),
+        np.full(len(arrays), HOST, dtype=np.int32),
+    )
+    assert job.wait_finished(30)
+    operation, _, offset, source, number, _ = job.error
+    assert (operation, source, number) == ("copy", gone, errno.EFAULT)
+    assert offset == image.extents[image.extents[:, 2] == gone][0, 0]
+
+
+@pytest.mark.parametrize("copiers_checksum", [True, False])
+def test_a_source_that_went_away_fails_the_job_and_names_it(tmp_path: Path, copiers_checksum: bool) -> None:
+    import mmap
+
+    engine = make_engine(2, copiers=1, copiers_checksum=copiers_checksum)
     image, array = big_image(64 * CHUNK)
     memory = mmap.mmap(-1, array.nbytes)
     view = np.frombuffer(memory, dtype=np.uint8)
