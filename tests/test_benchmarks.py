@@ -330,3 +330,25 @@ def test_the_committed_page_on_scale_is_made_of_the_committed_results(
     document = json.loads((ROOT / "benchmarks" / "results" / "scale.json").read_text())
     assert not document["tiny"]
     assert page.page(document) == (ROOT / "docs" / "scale.md").read_text()
+
+
+def test_the_committed_page_is_made_of_the_committed_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import matplotlib as mpl
+
+    from benchmarks.render import render
+    from benchmarks.sections import SECTIONS
+
+    results = ROOT / "benchmarks" / "results"
+    documents = [json.loads((results / f"{name}.json").read_text()) for name in SECTIONS]
+    assert not any(document["tiny"] for document in documents)
+    render(results, tmp_path / "benchmarks.md")
+    assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs" / "benchmarks.md").read_text()
+    committed = ROOT / "docs" / "benchmarks"
+    drawn = {path.name for path in (tmp_path / "benchmarks").iterdir()}
+    assert drawn == {path.name for path in committed.iterdir()}
+    if f"matplotlib=={mpl.__version__};" in (ROOT / "constraints.txt").read_text():  # another draws otherwise
+        for name in drawn:
+            assert (tmp_path / "benchmarks" / name).read_bytes() == (committed / name).read_bytes()
