@@ -29,9 +29,9 @@ class HostCopies {
   HostCopies(const HostCopies&) = delete;
   HostCopies& operator=(const HostCopies&) = delete;
 
-  // Makes copies, in their order. Returns 0; or, with `failed` the number of the one, EFAULT when (part of) its
-  // source is no longer mapped. Never faults. Where a sandbox forbids the call, sources are read in place, and
-  // is_checked() tells.
+  // Makes copies, none of them empty, in their order. Returns 0; or, with `failed` the number of the one, EFAULT
+  // when (part of) its source is no longer mapped. Never faults. Where a sandbox forbids the call, sources are
+  // read in place, and is_checked() tells.
   int copy(unsigned thread, std::vector<HostCopy>& copies, size_t* failed);
 
   static bool is_checked();
