@@ -38,7 +38,7 @@ from .sections import (
     StatefulSection,
     SteadyBranch,
     SteadyPart,
-    SteadySection,
+    steady_of,
 )
 from .sections.generators import RngSection
 from .sections.model import ModelSection, own_name, unwrapped
@@ -149,7 +149,7 @@ class TrainingState:
         branches: dict[str, SteadyBranch] = {}
         for name, section in self.sections.items():
             began_s = time.perf_counter()
-            found = section.steady() if isinstance(section, SteadySection) else None
+            found = steady_of(section)
             if found is not None:
                 branches[name] = found
             looked_s[name] = time.perf_counter() - began_s

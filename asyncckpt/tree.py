@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -120,9 +120,13 @@ class Keyed:
 _ATOMS = frozenset((str, bytes, int, float, bool, complex, type(None), torch.dtype, torch.device))
 
 
-def _grown(values: Iterable[Any]) -> list[Any]:
+def _are_atoms(values: Collection[Any]) -> bool:
+    return _ATOMS.issuperset(map(type, values))
+
+
+def _grown(values: Collection[Any]) -> list[Any]:
     """Those that may hold others."""
-    return [value for value in values if type(value) not in _ATOMS]
+    return [] if _are_atoms(values) else [value for value in values if type(value) not in _ATOMS]
 
 
 def flatten(tree: Mapping[str, Any]) -> list[Leaf]:
@@ -255,7 +259,7 @@ class _Rebuilding:
             seen[id(value)] = copy
             copy[:] = [child if type(child) in _ATOMS else visit(child) for child in value]
             return copy
-        if isinstance(value, torch.Size):
+        if isinstance(value, torch.Size) or (type(value) is tuple and _are_atoms(value)):
             return value
         if isinstance(value, tuple):
             children = [child if type(child) in _ATOMS else visit(child) for child in value]

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import pickle
+import random
 import struct
 import sys
 from collections.abc import Callable
@@ -149,10 +150,33 @@ def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
 def test_unusual_tensors_pickle_as_torch_pickles_them(make: Callable[[], Any]):
     """Those that do not take the short way."""
     tree = make()
+    assert pickle_tree(tree, where="tree").data == pickled_by_torch(tree)
+
+
+def pickled_by_torch(tree: Any) -> bytes:
     stock = io.BytesIO()
     torch.save(tree, stock)
     with torch.serialization._open_zipfile_reader(io.BytesIO(stock.getvalue())) as archive:
-        assert pickle_tree(tree, where="tree").data == archive.get_record("data.pkl")
+        return bytes(archive.get_record("data.pkl"))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        7, "epoch", None, (), [], random.getstate(), ["layer.weight"] * 3, ["a", ["b", b"c"], (1.5, True)],
+        [Colour.RED, (1, 2)], [["deeper", ["still"]]],
+    ],
+)  # fmt: skip
+def test_plain_values_pickle_as_torch_pickles_them(value: Any):
+    assert pickle_tree(value, where="value").data == pickled_by_torch(value)
+
+
+@pytest.mark.parametrize("wrap", [lambda t: (1, t), lambda t: ["a", (2, t)], lambda t: [("a", [3, [t]])]])
+def test_a_tensor_among_plain_values_is_found(wrap: Callable[[Any], Any]):
+    tensor = torch.ones(2)
+    found = pickle_tree(wrap(tensor), where="value")
+    assert [storage.data_ptr() for storage in found.storages] == [tensor.data_ptr()]
+    assert found.tensors == (tensor,)
 
 
 def test_tensors_with_a_reducer_of_the_users_own_keep_it(monkeypatch: pytest.MonkeyPatch):

@@ -60,6 +60,8 @@ def pickle_tree(tree: Any, *, where: str) -> Pickled:
         LeafError: a leaf cannot be pickled, is quantised, or shares memory with one of another dtype.
             The message names it.
     """
+    if _is_plain(tree) or (type(tree) in (tuple, list) and all(map(_is_plain, tree))):
+        return Pickled(pickle.dumps(tree, _PROTOCOL), (), ())
     sink = io.BytesIO()
     pickler = TreePickler(sink)
     try:
@@ -72,6 +74,14 @@ def pickle_tree(tree: Any, *, where: str) -> Pickled:
         tuple(pickler.tensors.values()),
         tuple(pickler.elsewhere),
     )
+
+
+_ATOMS = frozenset((str, bytes, int, float, bool, type(None)))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether there is nothing in it to look at: a generator's 625 numbers, a group's thousands of names."""
+    return type(value) in _ATOMS or (type(value) in (tuple, list) and _ATOMS.issuperset(map(type, value)))
 
 
 class _QuantisedError(Exception):

@@ -61,12 +61,17 @@ class SteadyBranch(NamedTuple):
     volatile: list[torch.Tensor]
 
 
-@runtime_checkable
 class SteadySection(Section, Protocol):
     """A branch of thousands of tensors, which can be had without a call of python for each."""
 
     def steady(self) -> SteadyBranch | None:
         """None where that cannot be: then there is `capture`."""
+
+
+def steady_of(section: Section) -> SteadyBranch | None:
+    """What a section has that is steady, if it is a `SteadySection`."""
+    steady: Callable[[], SteadyBranch | None] | None = getattr(section, "steady", None)
+    return steady() if steady is not None else None  # isinstance() of a protocol is slow
 
 
 @runtime_checkable
@@ -112,10 +117,7 @@ class GroupSection:
         return {key: section.capture() for key, section in self.sections.items()}
 
     def steady(self) -> SteadyBranch | None:
-        found = {
-            key: section.steady() if isinstance(section, SteadySection) else None
-            for key, section in self.sections.items()
-        }
+        found = {key: steady_of(section) for key, section in self.sections.items()}
         known = {key: one for key, one in found.items() if one is not None}
         parts = [
             SteadyPart(f"{key}.{part.prefix}", part.names, part.tensors)
