@@ -141,12 +141,9 @@ class Save:
             if not self._let_pass(snapshot, deadline, on_host):
                 self._give_up(snapshot, deadline, captured)
         else:
-            was_copied = snapshot.released
-            self.decide(snapshot)
-            if self._let_pass(snapshot, deadline, on_host):
-                if not was_copied:
-                    self.decide(snapshot)  # should another thread have written while this one waited
-            else:
+            passed = self._let_pass(snapshot, deadline, on_host)
+            self.decide(snapshot)  # now: another thread may have written while this one waited
+            if not passed:
                 self._give_up(snapshot, deadline, captured)
         self.report.blocked_s += time.perf_counter() - began_s
         self.checked.set()

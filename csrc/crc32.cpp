@@ -290,8 +290,8 @@ uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
       bytes += taken_nbytes, target += taken_nbytes, nbytes -= taken_nbytes;
     };
     const auto copy_plainly = [&](size_t taken_nbytes) {
-      crc = crc32(crc, bytes, taken_nbytes);
       std::memcpy(target, bytes, taken_nbytes);
+      crc = crc32(crc, target, taken_nbytes);
       advance(taken_nbytes);
     };
     copy_plainly(head_nbytes);
@@ -312,9 +312,8 @@ uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
     return crc;
   }
 #endif
-  crc = crc32(crc, data, nbytes);
   streaming_copy(to, data, nbytes);
-  return crc;
+  return crc32(crc, to, nbytes);
 }
 
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b) {

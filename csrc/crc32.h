@@ -9,8 +9,8 @@ namespace asyncckpt {
 // The CRC of `data` appended to bytes whose CRC is `crc` (0 for none).
 uint32_t crc32(uint32_t crc, const void* data, size_t nbytes);
 
-// The same, and `data` is copied to `to` meanwhile, past the cache: see streaming_copy.h. Best where `data`
-// is in the cache.
+// The same of what is at `to` afterwards: `data` is copied there meanwhile, past the cache (see
+// streaming_copy.h). That holds even if `data` changes at the same time. Best where it is in the cache.
 uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes);
 
 // Whether that costs little more than the copy. Not with the portable kernel.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -354,6 +355,28 @@ def test_copying_while_checksumming() -> None:
             assert bytes(target[begin : begin + nbytes]) == piece.tobytes()
             target[begin : begin + nbytes] = 0xA5
             assert (target == 0xA5).all()  # nothing beside it was touched
+
+
+def test_the_checksum_is_of_what_was_copied() -> None:
+    """Not of what the source was a moment before: somebody may write to it at any time."""
+    source = np.zeros(4096, dtype=np.uint8)
+    target = np.zeros(4096, dtype=np.uint8)
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            np.bitwise_xor(source, 0xFF, out=source)  # without the GIL
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for turn in range(20_000):
+            begin, nbytes = turn % 64, 1 + turn % 700
+            got = _native.crc32_copy(target.ctypes.data + begin, source.ctypes.data, nbytes, 0)
+            assert got == zlib.crc32(target[begin : begin + nbytes])
+    finally:
+        done.set()
+        writer.join()
 
 
 def test_images_that_break_their_guarantees_are_refused() -> None:
