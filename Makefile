@@ -2,7 +2,8 @@
 #
 #   make demo     train, kill in the middle of a save, resume, compare bit for bit
 #   make test     lint, native build with warnings as errors, test suite
-#   make bench    benchmarks beside torch.save and DCP, raw disk beside them
+#   make bench    benchmarks beside the peers, raw disk beside them: an hour; rewrites docs/benchmarks.md
+#                 (scratch is beside the checkout, or BENCH_ARGS=--bench-dir=DIRECTORY on the disk to measure)
 #                 (.venv/bin/python -m benchmarks.scale: plans and votes of 8 to 16,384 ranks)
 #   make lint     ruff, mypy, clang-format        make format   let ruff and clang-format rewrite
 #   make clean    remove all that was built, .venv too

@@ -30,7 +30,7 @@ def value(number: float, unit: str) -> str:
     if unit == "bytes":
         return f"{number / (1 << 20):.1f} MiB"
     if unit == "%":
-        return f"{number * 100:.0f} %"
+        return f"{number * 100:.1f} %"
     if unit == "x":
         return f"{number:.2f}"
     return f"{number:.2f} s" if abs(number) >= 1 else f"{number * 1e3:.1f} ms"
@@ -38,6 +38,8 @@ def value(number: float, unit: str) -> str:
 
 def spread(one: dict[str, float], unit: str) -> str:
     """A summary: its median, from the smallest to the largest."""
+    if one["count"] == 1:
+        return f"{value(one['median'], unit)} (once)"
     return f"{value(one['median'], unit)} ({value(one['min'], unit)} to {value(one['max'], unit)})"
 
 

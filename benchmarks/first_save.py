@@ -7,7 +7,7 @@ run that trains longer than that takes, and once with a save at once. No save ha
 is present: the process is seen to grow (VmRSS of proc(5)). The last save is read back and compared.
 
     x_later     seconds until the first save is durable, by the median of the later ones of that process
-    present_s   from the checkpointer's construction until its memory was there, as seen after each step
+    present_s   from when the constructor returned until its memory was there, as seen after each step
 
     python -m benchmarks.first_save [--tiny] [--dir DISK] [--out DIRECTORY] [--rounds COUNT]
 """

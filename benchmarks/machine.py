@@ -14,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
+_ELSEWHERE = "give --dir, or BENCH_ARGS=--bench-dir=... to `make bench`, on a disk with room"
 
 
 def describe(directory: Path) -> dict[str, object]:
@@ -50,7 +51,7 @@ def refuse_memory(directory: Path) -> None:
     """Exit if `directory` is no disk: nothing measured there would mean anything."""
     kind = filesystem_of(directory)
     if kind in _IN_MEMORY:
-        raise SystemExit(f"{directory} is on {kind}, which is memory: give --dir on a disk")
+        raise SystemExit(f"{directory} is on {kind}, which is memory: {_ELSEWHERE}")
 
 
 def require_room(directory: Path, needed_bytes: int) -> None:
@@ -58,7 +59,7 @@ def require_room(directory: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise SystemExit(
-            f"{directory} has {free >> 20} MiB free, {needed_bytes >> 20} MiB are needed: give --dir"
+            f"{directory} has {free >> 20} MiB free, {needed_bytes >> 20} MiB are needed: {_ELSEWHERE}"
         )
 
 
@@ -92,7 +93,9 @@ def _commit() -> tuple[str | None, bool | None]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # What a benchmark of the same run has just written is no change of what is measured.
-    measured = (".", ":!benchmarks/results", ":!docs/benchmarks.md", ":!docs/gpu.md", ":!docs/scale.md")
+    # What benchmarks have just written, and notes on the page, are no change of what is measured.
+    pages = ("benchmarks.md", "benchmarks", "gpu.md", "scale.md")
+    beside = ("benchmarks/results", "benchmarks/limits.toml", *(f"docs/{page}" for page in pages))
+    measured = (".", *(f":!{path}" for path in beside))
     changes = git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     return git("rev-parse", "--short=12", "HEAD"), None if changes is None else not changes

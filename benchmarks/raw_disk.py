@@ -50,11 +50,11 @@ class RawDisk:
         self._block = _huge_pages(BLOCK_NBYTES)
         self._block[:] = random.Random(0).randbytes(BLOCK_NBYTES)
 
-    def direct(self, nbytes: int, threads: int = RAW_THREADS) -> RawWrite:
+    def direct(self, nbytes: int) -> RawWrite:
         """Many writers, past the page cache, whole pages; buffered where O_DIRECT is refused."""
         nbytes = -(-nbytes // _PAGE) * _PAGE
         began_s = time.perf_counter()
-        direct = self._write(self._path, nbytes, threads)
+        direct = self._write(self._path, nbytes)
         seconds = time.perf_counter() - began_s
         self._path.unlink()
         return RawWrite(seconds, nbytes, direct)
@@ -77,7 +77,7 @@ class RawDisk:
 
     def keep(self, path: Path, nbytes: int) -> Path:
         """A file to read, written as above."""
-        self._write(path, -(-nbytes // _PAGE) * _PAGE, RAW_THREADS)
+        self._write(path, -(-nbytes // _PAGE) * _PAGE)
         os.truncate(path, nbytes)
         return path
 
@@ -119,7 +119,7 @@ class RawDisk:
         seconds = time.perf_counter() - began_s
         return RawRead(seconds, sum(sizes), all(direct for _, direct in opened))
 
-    def _write(self, path: Path, nbytes: int, threads: int) -> bool:
+    def _write(self, path: Path, nbytes: int) -> bool:
         """A new file of whole pages, on the disk; whether O_DIRECT was taken."""
         fd, direct = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         offsets = itertools.count(0, BLOCK_NBYTES)  # next() on it is atomic
@@ -133,7 +133,7 @@ class RawDisk:
         try:
             if nbytes:
                 os.posix_fallocate(fd, 0, nbytes)  # fallocate(2) on every filesystem that takes O_DIRECT
-            _in_threads(threads, write)
+            _in_threads(RAW_THREADS, write)
             os.fsync(fd)
         finally:
             os.close(fd)

@@ -21,7 +21,8 @@ new preallocated file, fsync; training is idle then. Once in a round as many are
 goes on: what the disk's traffic alone costs the steps. A peer that does not answer in time is out.
 
 - *Blocked*: the time inside the call, and what optimizer hooks made the step wait afterwards, both timed
-  from outside.
+  from outside. Our checkpointers stay in the run, and their hooks in the steps of peers: what those take with
+  nothing to wait for is in peers' *blocked*, step by step, too.
 - *Slowdown*: steps that began while the save was in flight, against the quiet steps just before; waits in
   hooks are in *blocked*, not here.
 - *Lost*: all of it: from the call to the end of the last of those steps, less as many quiet steps.
@@ -33,23 +34,25 @@ _HOW_MANY_TENSORS = """
 each weight. The more leaves, the longer peers take, and whoever reads back what was saved: so there are
 {rounds} rounds after one to warm up, and {peer_rounds} for peers, which get no other once a save took more
 than {slow_s:.0f} s. The host memory is {arena}, so that nothing waits for the disk. *Blocked* is the time
-inside the call, and what optimizer hooks made the step wait afterwards, both timed from outside. Contents are
-compared after training changed every tensor.
+inside the call, and what optimizer hooks made the step wait afterwards, both timed from outside. Our
+checkpointers stay in the run, and their hooks in the steps of peers: what those take with nothing to wait for
+is in peers' *blocked*, step by step, too. Contents are compared after training changed every tensor.
 """
 _HOW_WRITE = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
 pairs in all: a whole save of {state} until durable, with everything that makes it crash-safe; a raw write of
 as many bytes by {raw_threads} threads with O_DIRECT in blocks of {block} out of huge pages into one new
 preallocated file, and fsync. Before each, all is synced. Training changes every tensor before each save, and
-the files are compared with it. Once a round: one buffered writer, and fsync.
+the files are compared with it. A save is durable when its report says so. Once a round: one buffered writer,
+and fsync.
 """
 _HOW_LOAD = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
 pairs in all: load() of {state} in {files} files into the live tensors, every byte verified; a raw read of
 files of the same sizes by {raw_threads} threads with O_DIRECT in blocks of {block} into huge pages. Before
 each, all is synced and the page cache has nothing of the files. Training changes every tensor before each
-load, and what is there after it is compared with what was saved. Beside them a few times, as cold: stock
-dcp.load into tensors that were made before.
+load, and what is there after it is compared with what was saved. After all of them, {stock} times and as
+cold: stock dcp.load into tensors that were made before, the first of which is the first of the process.
 """
 _HOW_CPU = """
 **How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn, in every other
@@ -76,9 +79,10 @@ is compared with the state that it left, and a step from the last but one must l
 _HOW_FIRST_SAVE = """
 **How.** In {rounds} processes of their own for each line: training makes {state} of state, a checkpointer
 with host memory for all of it is made, and {saves} saves under training follow. Its memory is made present in
-the background: the first save finds it so where training went on until the process had grown by it, and does
-not where the first save is at once. *x later*: seconds until the first save is durable, by the median of the
-later ones of that process.
+the background: the first save finds it so where training went on until the process had grown by it. Where the
+first save is at once, after a single step, it finds some of it or all. *Memory present after*: that time,
+from when the constructor returned. *x later*: seconds until the first save is durable, as its report says, by
+the median of the later ones of that process.
 """
 _HOW_MEMORY = """
 **How.** Processes of their own for each line: training makes a state; the kernel's high-water mark of
@@ -235,6 +239,7 @@ def _load(document: dict[str, Any]) -> list[str]:
     return [
         _HOW_LOAD.format(
             rounds=config["rounds"],
+            stock=summaries["stock_s"]["count"],
             pairs=summaries["ratio"]["count"],
             state=size(config["nbytes"]),
             files=config["files"],

@@ -92,8 +92,8 @@ class Checksums:
 class Workload:
     """One-thread matmul for a fixed number of rounds, then AdamW over every weight.
 
-    Training uses one thread, so that a core is left to whoever saves; `saving()` gives torch back all
-    the threads it starts with, because the peers' copies use them.
+    Training uses one thread, so that a core is left to whoever saves; `all_threads()` gives torch back
+    those that it starts with, because the peers' copies use them.
     """
 
     def __init__(self, size: Size, remembered: Copies | Checksums | None = None) -> None:

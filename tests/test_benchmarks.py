@@ -222,7 +222,7 @@ def test_the_page_is_made_of_the_results(results: Path, tmp_path: Path) -> None:
 
 def a_document(met: bool, tiny: bool = False) -> dict[str, Any]:
     """Of a run with one target, for a page with nothing but that."""
-    measured = dict.fromkeys(("median", "min", "max"), 1.0 if met else 3.0)
+    measured = {**dict.fromkeys(("median", "min", "max"), 1.0 if met else 3.0), "count": 1}
     target = {"what": "time", "where": "here", "unit": "s", "limit": 2, "measured": measured, "met": met}
     return {"tiny": tiny, "targets": [target]}
 
@@ -241,6 +241,7 @@ def test_a_limit_is_told_where_its_target_is_not_met(
     assert notes == {("write", "time", "here"): "The disk."}
     text = "\n".join(render._targets({"write": a_document(met)}, notes))
     assert ("The disk." in text) is not met
+    assert ("1.00 s (once)" if met else "3.00 s (once)") in text
 
     limits.refuse_strangers(notes, {"write": a_document(met)})
     limits.refuse_strangers(notes, {})
