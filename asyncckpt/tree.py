@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -124,8 +124,10 @@ def _are_atoms(values: Collection[Any]) -> bool:
     return _ATOMS.issuperset(map(type, values))
 
 
-def _grown(values: Collection[Any]) -> list[Any]:
-    """Those that may hold others."""
+def _grown(values: Iterable[Any]) -> list[Any]:
+    """Those that may hold others; `values` may be good for one pass only."""
+    if not isinstance(values, list | tuple):
+        values = list(values)
     return [] if _are_atoms(values) else [value for value in values if type(value) not in _ATOMS]
 
 

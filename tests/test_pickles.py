@@ -29,6 +29,7 @@ from asyncckpt.formats import unpickle as unpickle_room
 from asyncckpt.formats.inert import Inert
 from asyncckpt.formats.pickles import BadPickleError, TensorRef, find_inert, pickle_tree, unpickle
 from asyncckpt.formats.refs import StorageRef
+from asyncckpt.tree import tensors_in
 from tests.strategies import Colour, Settings, harmless, same
 
 # ---------------------------------------------------------------------------- pickling
@@ -169,6 +170,28 @@ def pickled_by_torch(tree: Any) -> bytes:
 )  # fmt: skip
 def test_plain_values_pickle_as_torch_pickles_them(value: Any):
     assert pickle_tree(value, where="value").data == pickled_by_torch(value)
+
+
+class Lazy(dict[str, Any]):
+    """Its values can be gone through once for each call, as some libraries' mappings have it."""
+
+    def values(self) -> Any:
+        return (self[key] for key in self)
+
+
+def test_tensors_are_found_in_mappings_whose_values_come_one_by_one():
+    tensors = [torch.ones(1), torch.zeros(1)]
+    found = list(tensors_in({"x": Lazy(zip("ab", tensors, strict=True))}))
+    assert list(map(id, found)) == list(map(id, tensors))
+
+
+def test_a_plain_value_that_cannot_be_pickled_is_named(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any) -> bytes:
+        raise OverflowError("int too large to pickle")  # as for one of 2 GiB
+
+    monkeypatch.setattr(pickle, "dumps", refuse)
+    with pytest.raises(LeafError, match=r"extra\.x"):
+        pickle_tree(7, where="extra.x")
 
 
 @pytest.mark.parametrize("wrap", [lambda t: (1, t), lambda t: ["a", (2, t)], lambda t: [("a", [3, [t]])]])
