@@ -321,12 +321,12 @@ def test_an_interrupt_while_close_fences_does_not_hang(
     tmp_path: Path, model: nn.Linear, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real signal arrives while the copies are held; they go on only once the save was given up."""
-    decide, fail = Save.decide, Save.fail
+    let_pass, fail = Save._let_pass, Save.fail
     waiting, given_up = threading.Event(), threading.Event()
 
-    def deciding(save: Save, *args: Any) -> None:
-        decide(save, *args)
+    def passing(save: Save, *args: Any) -> bool:
         waiting.set()
+        return let_pass(save, *args)
 
     def failing(save: Save, error: Any) -> None:
         fail(save, error)
@@ -340,7 +340,7 @@ def test_an_interrupt_while_close_fences_does_not_hang(
             failing(handle._save, SaveError("nobody gave it up"))
             handle._save.checked.set()
 
-    monkeypatch.setattr(Save, "decide", deciding)
+    monkeypatch.setattr(Save, "_let_pass", passing)
     monkeypatch.setattr(Save, "fail", failing)
     checkpointer = AsyncCheckpointer(tmp_path, model=model, fence_timeout_s=ENOUGH_S)
     # Where the test run itself was started in the background, SIGINT is ignored.
