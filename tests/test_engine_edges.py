@@ -300,11 +300,11 @@ def test_a_job_is_released_by_its_last_copy_and_not_before(tmp_path: Path, copie
     job = submit(engine, tmp_path, one_record("file", data.nbytes), [data])
     assert _native.faults.wait_for_hits(Op.copy, 1)
     if copiers > 1:
-        write_one_more(engine, tmp_path)  # all others are through: only the held one is missing
+        write_one_more(engine, tmp_path)  # behind all others; who copied it has no other in hand
     assert not job.wait_released(0)
     assert not job.released
     assert job.times_s[1] < 0
-    data[:] = 255 - data  # so late that only the held copy can see it
+    data[:] = 255 - data  # so late that only copies still in somebody's hand can see it
     _native.faults.resume()
     assert job.wait_released(30)
     finish(engine, job)
@@ -312,7 +312,7 @@ def test_a_job_is_released_by_its_last_copy_and_not_before(tmp_path: Path, copie
     assert 0 <= enqueued_s <= released_s <= written_s <= finished_s
     found = np.frombuffer((tmp_path / "file").read_bytes(), dtype=np.uint8)
     late = [i for i in range(8) if (found[i * CHUNK :][:CHUNK] == data[i * CHUNK :][:CHUNK]).all()]
-    assert len(late) == 1
+    assert 1 <= len(late) <= max(1, copiers - 1)
 
 
 @pytest.mark.parametrize("copiers", [1, 4])
