@@ -3,11 +3,12 @@
 Each measurement is a process of its own: training makes its state; a checkpointer is made, and its memory is
 made present in the background while training goes on; then some saves under training, the first of which
 finds nothing that an earlier one left. Once with the memory present before the first save, as it is in any
-run that trains longer than that takes, and once with a save at once. No save has told yet that the memory
-is present: the process is seen to grow (VmRSS of proc(5)). The last save is read back and compared.
+run that trains longer than that takes, and once with a save as soon as the constructor has returned. No save
+has told yet that the memory is present: the process is seen to grow (VmRSS of proc(5)). The last save is read
+back and compared.
 
     x_later     seconds until the first save is durable, by the median of the later ones of that process
-    present_s   from when the constructor returned until its memory was there, as seen after each step
+    present_s   from the call of the constructor until its memory was there, as seen after each step
 
     python -m benchmarks.first_save [--tiny] [--dir DISK] [--out DIRECTORY] [--rounds COUNT]
 """
@@ -75,16 +76,20 @@ def measure(size: Size, directory: Path, present: bool) -> dict[str, Any]:
     host_memory = workload.nbytes + (64 << 20)
     workload.step()
     before_bytes = machine.process_bytes("VmRSS")
+    settle()
+    began_s = time.perf_counter()
     saver = Asyncckpt("asyncckpt", workload, directory, host_memory)
     present_s = None
     durable_s, blocked_s = [], []
     contents = "not saved"
     try:
         if present:
-            present_s = _train_until_grown(workload, before_bytes + int(_PRESENT * host_memory))
+            grown_bytes = before_bytes + int(_PRESENT * host_memory)
+            present_s = _train_until_grown(workload, grown_bytes, began_s) - began_s
         for step in range(_SAVES):
-            settle()
-            workload.step()
+            if step or present:
+                settle()
+                workload.step()
             last = step == _SAVES - 1
             if last:
                 workload.remember()
@@ -114,16 +119,15 @@ def measure(size: Size, directory: Path, present: bool) -> dict[str, Any]:
     }
 
 
-def _train_until_grown(workload: Workload, resident_bytes: int) -> float:
-    """Steps until so much is resident, and one more, in which the rest follows."""
-    began_s = time.perf_counter()
+def _train_until_grown(workload: Workload, resident_bytes: int, began_s: float) -> float:
+    """Steps until so much is resident, which is when it returns, and one more, in which the rest follows."""
     while machine.process_bytes("VmRSS") < resident_bytes:
         if time.perf_counter() - began_s > _PRESENT_DEADLINE_S:
             raise TimeoutError(f"the checkpointer's memory is not present after {_PRESENT_DEADLINE_S:g} s")
         workload.step()
-    seconds = time.perf_counter() - began_s
+    grown_s = time.perf_counter()
     workload.step()
-    return seconds
+    return grown_s
 
 
 def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

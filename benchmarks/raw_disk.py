@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,15 +62,19 @@ class RawDisk:
 
     def rolling(self, nbytes: int, count: int, kept: int) -> float:
         """Seconds for `count` such writes one after the other where only the last files are kept, as many as
-        that; each file that is one too many is deleted in that time."""
+        that; each file that is one too many is deleted in that time, while the next is written."""
         paths = [self._path.with_name(f"raw-{index}") for index in range(kept + count)]
         for path in paths[:kept]:
             self.keep(path, nbytes)
         settle()
         began_s = time.perf_counter()
-        for old, new in zip(paths, paths[kept:], strict=False):
-            self.keep(new, nbytes)
-            old.unlink()
+        with ThreadPoolExecutor(1) as deleting:
+            gone = []
+            for old, new in zip(paths, paths[kept:], strict=False):
+                self.keep(new, nbytes)
+                gone.append(deleting.submit(old.unlink))
+            for one in gone:
+                one.result()
         seconds = time.perf_counter() - began_s
         for path in paths[count:]:
             path.unlink()

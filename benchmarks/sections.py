@@ -21,45 +21,45 @@ new preallocated file, fsync; training is idle then. Once in a round as many are
 goes on: what the disk's traffic alone costs the steps. A peer that does not answer in time is out.
 
 - *Blocked*: the time inside the call, and what optimizer hooks made the step wait afterwards, both timed
-  from outside. Our checkpointers stay in the run, and their hooks in the steps of peers: what those take with
-  nothing to wait for is in peers' *blocked*, step by step, too.
+  from outside, less what those hooks take in a quiet step ({idle_us:.0f} us): all our checkpointers stay in
+  the run, and their hooks in everybody's steps.
 - *Slowdown*: steps that began while the save was in flight, against the quiet steps just before; waits in
   hooks are in *blocked*, not here.
 - *Lost*: all of it: from the call to the end of the last of those steps, less as many quiet steps.
-- *Durable*: from the call until files and their fsync are done. Where the peer knows no fsync, a
-  thread of the benchmark adds it.
+- *Durable*: from the call until files and their fsync are done; ours as its report says. Where the peer
+  knows no fsync, a thread of the benchmark adds it.
 """
 _HOW_MANY_TENSORS = """
 **How.** Saves under training as above, of states that have about the same bytes in ever more leaves: four for
 each weight. The more leaves, the longer peers take, and whoever reads back what was saved: so there are
 {rounds} rounds after one to warm up, and {peer_rounds} for peers, which get no other once a save took more
-than {slow_s:.0f} s. The host memory is {arena}, so that nothing waits for the disk. *Blocked* is the time
-inside the call, and what optimizer hooks made the step wait afterwards, both timed from outside. Our
-checkpointers stay in the run, and their hooks in the steps of peers: what those take with nothing to wait for
-is in peers' *blocked*, step by step, too. Contents are compared after training changed every tensor.
+than {slow_s:.0f} s. The host memory is {arena}, so that nothing waits for the disk. *Blocked* is as above,
+without what hooks take in a quiet step: {idle_us} us; *x layout dcp* compares saves of one round. Contents
+are compared after training changed every tensor.
 """
 _HOW_WRITE = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
 pairs in all: a whole save of {state} until durable, with everything that makes it crash-safe; a raw write of
 as many bytes by {raw_threads} threads with O_DIRECT in blocks of {block} out of huge pages into one new
 preallocated file, and fsync. Before each, all is synced. Training changes every tensor before each save, and
-the files are compared with it. A save is durable when its report says so. Once a round: one buffered writer,
-and fsync.
+the files are compared with it. Saves are timed from outside, from the call until waiting for them ends. Once
+a round: one buffered writer, and fsync.
 """
 _HOW_LOAD = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
 pairs in all: load() of {state} in {files} files into the live tensors, every byte verified; a raw read of
 files of the same sizes by {raw_threads} threads with O_DIRECT in blocks of {block} into huge pages. Before
 each, all is synced and the page cache has nothing of the files. Training changes every tensor before each
-load, and what is there after it is compared with what was saved. After all of them, {stock} times and as
-cold: stock dcp.load into tensors that were made before, the first of which is the first of the process.
+load, and what is there after it is compared with what was saved. Once a round, as cold: stock dcp.load into
+tensors that were made before.
 """
 _HOW_CPU = """
 **How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn, in every other
-round backwards, saves {state}. What all threads of the process spend on processors, user and system, from the
-call until durable, is the save's, and what processes beside it spend that some peers write with. Our
-checksums are in it; the peers make none. What the kernel writes back on threads of its own, for whoever
-writes through the page cache, is in nobody's account: it flatters the peers.
+round backwards, saves {state}; peers in the first {peer_rounds} only. What all threads of the process spend
+on processors, user and system, from the call until durable, is the save's, and what processes beside it spend
+that some peers write with. Our checksums are in it; the peers make none. What the kernel writes back on
+threads of its own, for whoever writes through the page cache, is in nobody's account: it flatters the peers.
+Once a round, as many bytes are written raw by {raw_threads} threads: what the disk alone costs.
 """
 _HOW_EVERY_STEP = """
 **How.** In each of {rounds} rounds, after one to warm up: {steps} quiet steps; {steps} steps with a save of
@@ -80,8 +80,8 @@ _HOW_FIRST_SAVE = """
 **How.** In {rounds} processes of their own for each line: training makes {state} of state, a checkpointer
 with host memory for all of it is made, and {saves} saves under training follow. Its memory is made present in
 the background: the first save finds it so where training went on until the process had grown by it. Where the
-first save is at once, after a single step, it finds some of it or all. *Memory present after*: that time,
-from when the constructor returned. *x later*: seconds until the first save is durable, as its report says, by
+first save is at once, it comes as soon as the constructor has returned. *Memory present after*: that time,
+from the call of the constructor. *x later*: seconds until the first save is durable, as its report says, by
 the median of the later ones of that process.
 """
 _HOW_MEMORY = """
@@ -106,6 +106,7 @@ def _stall(document: dict[str, Any]) -> list[str]:
             tensors=config["tensors"],
             compute_ms=config["compute_s"] * 1e3,
             step_ms=config["step_s"] * 1e3,
+            idle_us=ours["idle_fence_s"]["median"] * 1e6,
             rounds=config["rounds"],
             raw_threads=config["raw_threads"],
         ),
@@ -202,6 +203,7 @@ def _many_tensors(document: dict[str, Any]) -> list[str]:
             rounds=", ".join(str(scale["rounds"]) for scale in document["sizes"]),
             peer_rounds=", ".join(str(scale["peer_rounds"]) for scale in document["sizes"]),
             slow_s=config["slow_s"],
+            idle_us=", ".join(f"{_idle_s(scale) * 1e6:.0f}" for scale in document["sizes"]),
             arena=size(config["arena_bytes"]),
         ),
         "### Beside the peers\n",
@@ -225,6 +227,11 @@ def _many_tensors(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def _idle_s(scale: dict[str, Any]) -> float:
+    ours = next(iter(scale["summary"].values()))
+    return float(ours["idle_fence_s"]["median"])
+
+
 def _cannot_run(document: dict[str, Any]) -> str:
     return bullets(f"*{name}* cannot run here: {why}" for name, why in document["cannot_run"].items())
 
@@ -239,7 +246,6 @@ def _load(document: dict[str, Any]) -> list[str]:
     return [
         _HOW_LOAD.format(
             rounds=config["rounds"],
-            stock=summaries["stock_s"]["count"],
             pairs=summaries["ratio"]["count"],
             state=size(config["nbytes"]),
             files=config["files"],
@@ -250,6 +256,7 @@ def _load(document: dict[str, Any]) -> list[str]:
         bullets(
             (
                 f"Contents right: {summaries['contents_right']} of {len(document['rows'])}.",
+                f"Of dcp.load: {summaries['stock_contents_right']} of {summaries['stock_s']['count']}.",
                 f"O_DIRECT: {'all raw reads' if summaries['direct'] else 'refused here, all was buffered'}.",
             )
         ),
@@ -259,17 +266,30 @@ def _load(document: dict[str, Any]) -> list[str]:
 def _cpu(document: dict[str, Any]) -> list[str]:
     config = document["config"]
     return [
-        _HOW_CPU.format(rounds=config["rounds"], state=size(config["nbytes"])),
+        _HOW_CPU.format(
+            rounds=config["rounds"],
+            peer_rounds=config["peer_rounds"],
+            state=size(config["nbytes"]),
+            raw_threads=config["raw_threads"],
+        ),
         "### Beside the peers\n",
         table(
-            ("Saver", "Processor time per GiB", "Durable", "Contents right"),
+            ("Saver", "Processor time per GiB", "User", "System", "Durable", "Contents right"),
             (
-                (name, spread(one["cpu_s_per_gib"], "s"), spread(one["durable_s"], "s"), _contents(one))
-                for name, one in document["summary"].items()
+                *(
+                    (name, *_processor_times(one), _contents(one))
+                    for name, one in document["summary"].items()
+                ),
+                ("raw writes, nothing saved", *_processor_times(document["raw"]), ""),
             ),
         ),
         _cannot_run(document),
     ]
+
+
+def _processor_times(one: dict[str, Any]) -> tuple[str, ...]:
+    keys = ("cpu_s_per_gib", "user_s_per_gib", "system_s_per_gib", "durable_s")
+    return tuple(spread(one[key], "s") for key in keys)
 
 
 def _every_step(document: dict[str, Any]) -> list[str]:

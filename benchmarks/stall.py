@@ -6,7 +6,8 @@ A raw write of the same size stands next to each, before and after in turn. Once
 written raw beside training, with nothing to save: what the disk's traffic alone costs the steps.
 
     blocked     inside save(), and what the optimizer's hooks made it wait afterwards; both timed from
-                outside, whatever the saver reports
+                outside, whatever the saver reports. What the hooks take in a quiet step is not in it: those
+                of all our checkpointers are called in everybody's steps
     slowdown    steps that began before the save was durable, against the quiet steps just before; the
                 waits in hooks are in `blocked`, not here
     lost        everything: from the call to the end of the last of those steps, less the same number of
@@ -49,7 +50,9 @@ _QUIET_STEPS = 3
 def measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
     """One save under training. Leaves no files."""
     settle()
-    quiet_s = median(workload.step().total_s for _ in range(_QUIET_STEPS))
+    quiet = [workload.step() for _ in range(_QUIET_STEPS)]
+    quiet_s = median(one.total_s for one in quiet)
+    idle_fence_s = median(one.fence_s for one in quiet)
     workload.remember()
     workload.all_threads()
     began_s = time.perf_counter()
@@ -61,11 +64,12 @@ def measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
         flying.append(workload.step())
     elapsed_s = time.perf_counter() - began_s
     report = pending.wait()
-    fence_s = sum(one.fence_s for one in flying)
+    fence_s = sum(one.fence_s - idle_fence_s for one in flying)
     row: dict[str, Any] = {
         "saver": saver.name,
         "call_s": call_s,
         "fence_s": fence_s,
+        "idle_fence_s": idle_fence_s,
         "blocked_s": call_s + fence_s,
         "durable_s": pending.durable_at_s - began_s,
         "quiet_step_s": quiet_s,
@@ -124,7 +128,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
-    rounds = options.rounds_or(6)
+    rounds = options.rounds_or(8)  # of each order of savers as many with each order of pairs
     disk = RawDisk(scratch)
     whole = Asyncckpt(OURS[0], workload, scratch / "whole", workload.nbytes + (64 << 20))
     part = Asyncckpt(OURS[1], workload, scratch / "part", workload.nbytes // _SMALL_PART)
@@ -138,7 +142,7 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
                 raw_rows.append({"round": number, **beside_raw})
             for saver in lineup.turns(number):
                 raw = None
-                if number % 2:
+                if number // 2 % 2:  # not in the rounds that go backwards, nor in all others
                     settle()
                     raw = disk.direct(workload.nbytes)
                 found = lineup.measure(saver, partial(measure, workload, saver, number + 1))
@@ -192,6 +196,7 @@ def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "blocked_s",
         "call_s",
         "fence_s",
+        "idle_fence_s",
         "reported_blocked_s",
         "durable_s",
         "slowdown",

@@ -37,7 +37,11 @@ TINY = Size(weights=4, rows=256, columns=256, compute_s=0.005)
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step. `fence_s` is what hooks made the optimizer wait; part of `total_s`."""
+    """One step. `fence_s` is what hooks made the optimizer wait; part of `total_s`.
+
+    With nothing to wait for it is not quite nothing: hooks are called, those of savers that stay in a run
+    while others are measured too. So it counts beside that of quiet steps.
+    """
 
     total_s: float
     fence_s: float
