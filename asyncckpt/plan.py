@@ -255,22 +255,25 @@ def planned_with(
     shared_crcs: tuple[int, ...] = (),
 ) -> Planned:
     """Sources in the order of every plan: pickles, spans, then the storages met while pickling."""
-    padded = [
-        np.frombuffer(pickled.data.ljust(slot, b"\0"), np.uint8)
-        for (_, pickled), slot in zip(named, plan.slots, strict=True)
-    ]
+    padded = np.zeros(sum(plan.slots), np.uint8)  # all pickles, each in its slot
+    view, at, begin = padded.data, padded.ctypes.data, 0
+    pickles = []
+    for (_, pickled), slot in zip(named, plan.slots, strict=True):
+        view[begin : begin + len(pickled.data)] = pickled.data
+        pickles.append(at + begin)
+        begin += slot
     storages = [storage for _, pickled in named for storage in pickled.storages]
-    first = len(padded) + len(spans.sizes)
+    first = len(named) + len(spans.sizes)
 
-    def joined(pickled: list[int], of_spans: Any, of_storages: list[int], kind: Any) -> Any:
+    def joined(pickled: Sequence[int], of_spans: Any, of_storages: list[int], kind: Any) -> Any:
         return np.concatenate([np.array(pickled, kind), of_spans, np.array(of_storages, kind)])
 
     return Planned(
         plan,
-        joined([p.ctypes.data for p in padded], spans.addresses, [s.data_ptr() for s in storages], np.uint64),
-        joined([p.nbytes for p in padded], spans.sizes, [s.nbytes() for s in storages], np.uint64),
+        joined(pickles, spans.addresses, [s.data_ptr() for s in storages], np.uint64),
+        joined(plan.slots, spans.sizes, [s.nbytes() for s in storages], np.uint64),
         joined(
-            [devices.HOST] * len(padded),
+            [devices.HOST] * len(named),
             spans.devices,
             [devices.seam.device_of(storage) for storage in storages],
             np.int32,

@@ -193,6 +193,8 @@ def unflatten(leaves: Iterator[tuple[Path, Any]]) -> dict[str, Any]:
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Every tensor in nested mappings, lists and tuples, in their order, also if they contain themselves; of
     files that ranks share, this rank's pieces."""
+    if type(value) in _ATOMS:
+        return
     seen: set[int] = set()
     rest = [value]
     while rest:

@@ -60,11 +60,11 @@ def pickle_tree(tree: Any, *, where: str) -> Pickled:
         LeafError: a leaf cannot be pickled, is quantised, or shares memory with one of another dtype.
             The message names it.
     """
-    sink = io.BytesIO()
-    pickler = TreePickler(sink)
     try:
         if _is_plain(tree) or (type(tree) in (tuple, list) and all(map(_is_plain, tree))):
             return Pickled(pickle.dumps(tree, _PROTOCOL), (), ())
+        sink = io.BytesIO()
+        pickler = TreePickler(sink)
         pickler.dump(tree)
     except Exception as error:  # a leaf's own code may raise anything
         raise LeafError(_blame(tree, where, error)) from error
