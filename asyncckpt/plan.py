@@ -259,6 +259,7 @@ def planned_with(
     view, at, begin = padded.data, padded.ctypes.data, 0
     pickles = []
     for (_, pickled), slot in zip(named, plan.slots, strict=True):
+        assert len(pickled.data) <= slot, "else it would run into the next"
         view[begin : begin + len(pickled.data)] = pickled.data
         pickles.append(at + begin)
         begin += slot

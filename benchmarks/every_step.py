@@ -1,10 +1,10 @@
 """Training that saves at each step: does it run at its own pace, or at the disk's?
 
-Some steps with a save after each, until the last save is durable; beside them as many quiet steps, and as
-many bytes written raw. Of both the last two are kept and older ones deleted meanwhile, since to delete takes
-the disk's time too, most of all where the filesystem is mounted with `discard`. The last save is compared
-with the state that it left; a step from what the last but one saved must lead to the same state, so that a
-save during which training went on is verified too.
+Some steps with a save after each, until waiting for the last save ends; beside them as many quiet steps,
+and as many bytes written raw. Of both the last two are kept and older ones deleted meanwhile, since to
+delete takes the disk's time too, most of all where the filesystem is mounted with `discard`. The last save
+is compared with the state that it left; a step from what the last but one saved must lead to the same
+state, so that a save during which training went on is verified too.
 
     best_s      what could be reached: all steps and then the last write, or the first step and then all
                 writes, whichever is longer; nothing is written before a step, and no step after the last

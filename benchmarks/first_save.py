@@ -120,7 +120,7 @@ def measure(size: Size, directory: Path, present: bool) -> dict[str, Any]:
 
 
 def _train_until_grown(workload: Workload, resident_bytes: int, began_s: float) -> float:
-    """Steps until so much is resident, which is when it returns, and one more, in which the rest follows."""
+    """Steps until so much is resident, and one more, in which the rest follows. When it was so much."""
     while machine.process_bytes("VmRSS") < resident_bytes:
         if time.perf_counter() - began_s > _PRESENT_DEADLINE_S:
             raise TimeoutError(f"the checkpointer's memory is not present after {_PRESENT_DEADLINE_S:g} s")

@@ -50,7 +50,7 @@ class Lineup:
         return [*self._ours, *self._peers]
 
     def turns(self, number: int) -> list[Saver]:
-        """The order in a round: every other one backwards, so that none always follows the same."""
+        """The order in a round: every other one backwards. Ours are at one end of it, one after the other."""
         return self.savers[:: -1 if number % 2 else 1]
 
     def measure(self, saver: Saver, measurement: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:

@@ -83,7 +83,7 @@ def run(options: Options) -> dict[str, Any]:
         finally:
             workload.close()
         summaries = {
-            saver: _summarise(found, saver) for saver in dict.fromkeys(row["saver"] for row in found)
+            saver: _summarise(found, saver) for saver in SAVERS if any(row["saver"] == saver for row in found)
         }
         sizes.append(
             {

@@ -63,12 +63,13 @@ Once a round, as many bytes are written raw by {raw_threads} threads: what the d
 """
 _HOW_EVERY_STEP = """
 **How.** In each of {rounds} rounds, after one to warm up: {steps} quiet steps; {steps} steps with a save of
-{state} after each, until the last save is durable; raw writes of as many bytes by {raw_threads} threads, one
-file for each save. The last two saves and raw files are kept and older ones deleted meanwhile, in that time:
-deletions take the disk's time too, most of all where the filesystem is mounted with `discard`. The last save
-is compared with the state that it left, and a step from the last but one must lead to the same state.
+{state} after each, until waiting for the last save ends; raw writes of as many bytes by {raw_threads}
+threads, one file for each save. The last two saves and raw files are kept and older ones deleted meanwhile,
+in that time: deletions take the disk's time too, most of all where the filesystem is mounted with
+`discard`. The last save is compared with the state that it left, and a step from the last but one must lead
+to the same state.
 
-- *Time*: that of the steps with saves, until the last is durable.
+- *Time*: that of the steps with saves, until the last is durable and what it makes superfluous is deleted.
 - *x best*: beside what could be reached: all quiet steps and then one raw write, or one quiet step and then
   all raw writes and deletions, whichever is longer. The target allows a tenth more.
 - *Lost*: from the first step until the last save() returned, less the quiet steps.
@@ -228,8 +229,7 @@ def _many_tensors(document: dict[str, Any]) -> list[str]:
 
 
 def _idle_s(scale: dict[str, Any]) -> float:
-    ours = next(iter(scale["summary"].values()))
-    return float(ours["idle_fence_s"]["median"])
+    return float(scale["summary"]["asyncckpt"]["idle_fence_s"]["median"])
 
 
 def _cannot_run(document: dict[str, Any]) -> str:

@@ -110,10 +110,13 @@ def test_a_peer_that_fails_or_hangs_is_out_with_its_reason(
 
 def test_what_is_reported_as_blocked_is_what_was_measured_from_outside(results: Path) -> None:
     document = json.loads((results / "stall.json").read_text())
+    shares = []
     for row in document["rows"]:
         if "reported_blocked_s" in row:
             hooks_s = len(row["steps_in_flight_s"]) * row["idle_fence_s"]  # a report counts them too
-            assert row["reported_blocked_s"] <= row["blocked_s"] + hooks_s
+            shares.append(row["reported_blocked_s"] / (row["blocked_s"] + hooks_s))
+    assert max(shares) <= 1
+    assert max(shares) > 0.5  # one at least was not interrupted just outside of what is counted
 
 
 def test_many_tensors_verifies_every_save_at_every_size(results: Path) -> None:
@@ -264,16 +267,23 @@ def test_a_limit_is_told_where_its_target_is_not_met(
         limits.read(path)
 
 
-def test_the_committed_limits_are_of_targets_of_the_committed_results(
+def test_the_committed_limits_are_of_the_committed_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import limits
 
     results = ROOT / "benchmarks" / "results"
-    limits.refuse_strangers(
-        limits.read(), {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
-    )
+    documents = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
+    notes = limits.read()
+    limits.refuse_strangers(notes, documents)
+    missed = {
+        (name, one["what"], one["where"])
+        for name, document in documents.items()
+        for one in document.get("targets", ())
+        if not one["met"]
+    }
+    assert missed <= notes.keys(), "what is not met has a note that says why"
 
 
 @pytest.mark.parametrize("by", ["Copies", "Checksums"])
