@@ -22,12 +22,15 @@ goes on: what the disk's traffic alone costs the steps. A peer that does not ans
 
 - *Blocked*: the time inside the call, and what optimizer hooks made the step wait afterwards, both timed
   from outside, less what those hooks take in a quiet step ({idle_us:.0f} us): all our checkpointers stay in
-  the run, and their hooks in everybody's steps.
+  the run, and their hooks in everybody's steps. The nested dictionary that a peer is given is made inside its
+  call, as its users make it.
 - *Slowdown*: steps that began while the save was in flight, against the quiet steps just before; waits in
   hooks are in *blocked*, not here.
 - *Lost*: all of it: from the call to the end of the last of those steps, less as many quiet steps.
 - *Durable*: from the call until files and their fsync are done; ours as its report says. Where the peer
   knows no fsync, a thread of the benchmark adds it.
+
+Ours has the writers' priority that it comes with; what `writers_priority="low"` gives is not measured here.
 """
 _HOW_MANY_TENSORS = """
 **How.** Saves under training as above, of states that have about the same bytes in ever more leaves: four for
