@@ -27,6 +27,7 @@ from .shards import local_of
 from .tree import Leaf, StateTree, Steady, Structure, tensors_in
 
 _ATOMS = {str, int, float, bool, type(None)}
+_SPARE_NBYTES_MAX = 1 << 20  # of slots that what was there once has left behind; arbitrary
 NO_SLAB = -1  # in place of a slab's number; the same as kNoSlab in csrc/engine.h
 
 
@@ -113,8 +114,11 @@ class WritePlan:
         return {path.rpartition("/")[0] for path in (*closed, *(i.path for i in self.images))} - {""}
 
     def takes(self, pickles: Sequence[Pickled]) -> bool:
-        """Whether each pickle fits its slot."""
-        return all(len(one.data) <= slot for one, slot in zip(pickles, self.slots, strict=True))
+        """Whether each pickle fits its slot, and the slots are not far larger than they would be made now."""
+        if not all(len(one.data) <= slot for one, slot in zip(pickles, self.slots, strict=True)):
+            return False
+        needed_nbytes = sum(slot_nbytes(len(one.data)) for one in pickles)
+        return self.pickled_nbytes <= 2 * needed_nbytes + _SPARE_NBYTES_MAX
 
     @property
     def pickled_nbytes(self) -> int:
@@ -255,7 +259,14 @@ def planned_with(
     shared_crcs: tuple[int, ...] = (),
 ) -> Planned:
     """Sources in the order of every plan: pickles, spans, then the storages met while pickling."""
-    padded = np.zeros(sum(plan.slots), np.uint8)  # all pickles, each in its slot
+    try:
+        padded = np.zeros(plan.pickled_nbytes, np.uint8)  # all pickles, each in its slot
+    except MemoryError:
+        name, largest = max(named, key=lambda one: len(one[1].data))
+        raise LeafError(
+            f"no memory for the pickles of what is no tensor: {plan.pickled_nbytes} bytes; "
+            f"the largest is {name} with {len(largest.data)}"
+        ) from None
     view, at, begin = padded.data, padded.ctypes.data, 0
     pickles = []
     for (_, pickled), slot in zip(named, plan.slots, strict=True):
@@ -281,7 +292,7 @@ def planned_with(
         ),
         tuple(enumerate(storages, start=first)),
         tuple((name, tensor) for name, pickled in named for tensor in pickled.tensors),
-        (padded, [pickled for _, pickled in named], spans.held),
+        (padded, [(one.storages, one.tensors, one.elsewhere) for _, one in named], spans.held),
         replanned,
         shared_crcs,
     )

@@ -10,7 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import machine
 from benchmarks.render import render
-from benchmarks.results import RESULTS, Options
+from benchmarks.results import RESULTS, Options, rounds
 
 Replay = Callable[[Iterable[float]], None]
 
@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--tiny", action="store_true", help="does it run? The figures mean nothing")
     group.addoption("--bench-dir", type=Path, help="scratch, on the disk to measure")
     group.addoption("--bench-out", type=Path, help="directory for the JSON")
-    group.addoption("--bench-rounds", type=int, help="how often everything is measured")
+    group.addoption("--bench-rounds", type=rounds, help="how often everything is measured")
 
 
 class _Clock:

@@ -45,9 +45,17 @@ class Options:
         tiny: bool = False,
         rounds: int | None = None,
     ) -> Options:
-        """With defaults for what is None. A tiny run never overwrites the results of a full one."""
+        """With defaults for what is None. A tiny run never overwrites the results of a full one.
+
+        Exits if files would be written to memory, or nowhere.
+        """
+        directory = directory or machine.ROOT.parent
+        if directory.exists() and not directory.is_dir():
+            raise SystemExit(f"{directory} is no directory")
+        if not tiny:
+            machine.refuse_memory(directory)
         return cls(
-            directory or machine.ROOT.parent,
+            directory,
             out or (_TINY_RESULTS if tiny else RESULTS),
             tiny,
             rounds,
@@ -64,16 +72,16 @@ class Options:
         parser.add_argument("--dir", type=Path, help="scratch, on the disk to measure (beside the checkout)")
         parser.add_argument("--out", type=Path, help="directory for the JSON (benchmarks/results)")
         parser.add_argument("--tiny", action="store_true", help="does it run? The figures mean nothing")
-        parser.add_argument("--rounds", type=int, help="how often everything is measured (each has its own)")
+        parser.add_argument(
+            "--rounds", type=rounds, help="how often everything is measured (each has its own)"
+        )
         given = parser.parse_args(arguments)
         return cls.make(directory=given.dir, out=given.out, tiny=given.tiny, rounds=given.rounds)
 
     @contextlib.contextmanager
     def scratch(self, needed_bytes: int) -> Iterator[Path]:
-        """A new directory, gone afterwards. Exits if it would be in memory or too small."""
+        """A new directory, gone afterwards. Exits if it would be too small."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        if not self.tiny:
-            machine.refuse_memory(self.directory)
         machine.require_room(self.directory, needed_bytes)
         path = Path(tempfile.mkdtemp(prefix="asyncckpt-benchmark-", dir=self.directory))
         try:
@@ -87,6 +95,13 @@ class Options:
         path = self.out / f"{name}.json"
         path.write_text(json.dumps(document, indent=1) + "\n")
         return path
+
+
+def rounds(text: str) -> int:
+    """A number of rounds, from a command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rounds: 1 or more")
+    return int(text)
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:

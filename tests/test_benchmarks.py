@@ -308,12 +308,31 @@ def test_wrong_contents_are_called_wrong(by: str, monkeypatch: pytest.MonkeyPatc
 def test_a_full_run_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import machine
+    from benchmarks.results import Options
 
     memory = Path("/dev/shm")  # noqa: S108 -- its filesystem is the point
     if not memory.is_dir() or machine.filesystem_of(memory) != "tmpfs":
         pytest.skip("no tmpfs at /dev/shm")
     with pytest.raises(SystemExit, match="is on tmpfs, which is memory"):
         machine.refuse_memory(memory)
+    with pytest.raises(SystemExit, match="is on tmpfs, which is memory"):
+        Options.parse("benchmark", ["--dir", str(memory / "not there")])  # before anything is built
+    assert Options.parse("benchmark", ["--dir", str(memory), "--tiny"]).tiny
+
+
+def test_a_command_line_that_makes_no_sense_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.results import Options
+
+    for rounds in ("0", "-1", "some"):
+        with pytest.raises(SystemExit):
+            Options.parse("benchmark", ["--rounds", rounds])
+        assert f"'{rounds}' is no number of rounds" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="file is no directory"):
+        Options.parse("benchmark", ["--dir", str(tmp_path / "file"), "--tiny"])
 
 
 def test_scale_runs_and_its_page_is_made_of_its_results(tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ class Callback:
         self.fn = lambda: None
 
 
+class Endless:
+    def __reduce__(self) -> str:
+        raise MemoryError
+
+
 class Stubborn:
     """An object that refuses to be pickled, in its own words."""
 
@@ -62,6 +67,7 @@ def deep(depth: int) -> list[Any]:
     [
         ({"callbacks": [1, 2, Callback()]}, r"^extra\.callbacks\[2\]\.fn cannot be saved: function"),
         ({"a b": (Stubborn(),)}, r"^extra\['a b'\]\[0\] cannot be saved: Stubborn: not today"),
+        ({"x": [Endless()]}, r"^extra\.x\[0\] cannot be saved: Endless: MemoryError$"),  # which says nothing
         ({"x": {3: (i for i in "")}}, r"^extra\.x\[3\] cannot be saved: generator"),
         ({"x": {lambda: 0: 1}}, r"^extra\.x\.key\(function\) cannot be saved"),
         ({"x": deep(100_000)}, r"^extra\.x\[0\]\[0\].* nested too deeply"),

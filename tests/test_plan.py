@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from asyncckpt import AsyncCheckpointer
 from asyncckpt.errors import LeafError
-from asyncckpt.plan import span_nbytes
+from asyncckpt.formats.pickles import Pickled
+from asyncckpt.plan import WritePlan, span_nbytes
 from asyncckpt.planners import planner_for
 from asyncckpt.state import TrainingState
 
@@ -33,7 +34,8 @@ def test_thirty_saves_make_one_plan_although_generators_pickle_to_many_lengths(l
         np.random.seed(step)  # noqa: NPY002
         torch.manual_seed(step)
         planned = planner.plan(state.capture(step))
-        lengths.add(tuple(len(pickled.data) for pickled in planned.held[1]))
+        slots = np.split(planned.held[0], np.cumsum(planned.plan.slots)[:-1])
+        lengths.add(tuple(int(np.flatnonzero(slot)[-1]) for slot in slots))
         assert planned.replanned == (step == 0)
     assert planner.plans_made == 1
     assert len(lengths) > 5
@@ -56,6 +58,58 @@ def test_a_leaf_that_outgrows_its_slot_is_planned_once_more(tmp_path: Path, layo
             assert extra["log"] == list(range(length))
             assert extra["after"] == "intact"
             assert torch.equal(extra["tensor"], torch.arange(5))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_leaf_that_was_huge_once_leaves_no_room_behind(tmp_path: Path, layout: str) -> None:
+    extra: dict[str, Any] = {"log": "a" * (8 << 20), "tensor": torch.arange(5)}
+    with AsyncCheckpointer(tmp_path, extra=extra, layout=layout) as checkpointer:
+        assert checkpointer.save(1).wait().pickled_nbytes > 8 << 20
+        extra["log"] = "small"
+        report = checkpointer.save(2).wait()
+        assert report.replanned
+        assert report.pickled_nbytes < 1 << 20
+        assert not checkpointer.save(3).wait().replanned
+        extra["log"] = "b" * (1 << 19)  # and shrinks by too little to plan anew
+        assert checkpointer.save(4).wait().replanned
+        extra["log"] = "c"
+        assert not checkpointer.save(5).wait().replanned
+        for step, log in ((1, "a" * (8 << 20)), (2, "small"), (4, "b" * (1 << 19)), (5, "c")):
+            extra["log"] = None
+            checkpointer.load(step)
+            assert extra["log"] == log
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_memory_for_pickles_is_said(tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    extra: dict[str, Any] = {"log": "a" * 5000}
+    with AsyncCheckpointer(tmp_path, extra=extra, layout=layout, save_rng=False) as checkpointer:
+        with monkeypatch.context() as patched:
+            patched.setattr(WritePlan, "pickled_nbytes", property(lambda plan: 1 << 50))
+            with pytest.raises(
+                LeafError, match=r"no memory for the pickles .* the largest is .* with 5\d\d\d"
+            ):
+                checkpointer.save(1)
+        checkpointer.save(2).wait()
+        assert checkpointer.load(2).step == 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_plan_holds_each_pickle_once(layout: str) -> None:
+    state = TrainingState(extra={"log": "a" * 5000, "hidden": Holder(torch.arange(5))})
+    planned = planner_for(layout).plan(state.capture(1))
+    rest, found = [planned.held], []
+    while rest:
+        one = rest.pop()
+        found.append(one)
+        rest += list(one) if isinstance(one, tuple | list) else []
+    assert not [one for one in found if isinstance(one, bytes | Pickled)]
+    assert [one for one in found if isinstance(one, torch.UntypedStorage)]
+
+
+class Holder:
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

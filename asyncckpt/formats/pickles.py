@@ -239,7 +239,7 @@ def _blame(tree: Any, where: str, error: Exception) -> str:
         path += step
     if isinstance(error, RecursionError):
         return f"{path} cannot be saved: it is nested too deeply for pickle"
-    return f"{path} cannot be saved: {type(leaf).__name__}: {cause}"
+    return f"{path} cannot be saved: {type(leaf).__name__}: {str(cause) or type(cause).__name__}"
 
 
 def _first_failing(parent: Any) -> tuple[str, Any, Exception] | None:
