@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,6 +61,9 @@ class Resume:
         metadata: what save() was given.
         left: sections that are a rank's own (generators, sampler), left as they are because another number of
             ranks saved the step.
+        phases: seconds from the beginning of the load until each phase was reached: listed (files are known,
+            and what they must be), parsed (what is no tensor was read), matched (every tensor has a place in
+            live memory), read (all bytes are there and were checked), applied.
     """
 
     step: int
@@ -70,6 +73,7 @@ class Resume:
     seconds: float
     metadata: Mapping[str, Any]
     left: tuple[str, ...] = ()
+    phases: Mapping[str, float] = field(default_factory=dict)
 
 
 _LISTINGS = 3  # in a row without a step to try, before we believe that there is none
@@ -228,13 +232,20 @@ class Loader:
         verify_first: bool = False,
     ) -> Resume:
         began_s = time.perf_counter()
+        phases: dict[str, float] = {}
+
+        def mark(phase: str) -> None:
+            phases[phase] = time.perf_counter() - began_s
+
         with no_garbage_collection(), ExitStack() as opened:
 
             def prepare() -> tuple[StepEntry, restore.StepFiles, tuple[str, ...], Matching]:
                 entry = find()
                 files = opened.enter_context(self._files(entry))
                 left = self._left(entry)
-                matching = self._match(files, entry, left, strict, trusted)
+                mark("listed")
+                matching = self._match(files, entry, left, strict, trusted, mark)
+                mark("matched")
                 if verify_first:
                     restore.read_tensors(files, [], verify_only=True, share=self._share)
                 return entry, files, left, matching
@@ -247,12 +258,14 @@ class Loader:
                 matching.reads.clear()
 
             self._together(read)
+            mark("read")
 
         def apply() -> None:
             for action in matching.afterwards:
                 action()
 
         self._together(apply)
+        mark("applied")
         self.must_load = None
         self._root.resume_from(entry.step)
         if entry.foreign:
@@ -261,7 +274,7 @@ class Loader:
             _log.warning("%s: left as it is, since another number of ranks saved it", ", ".join(left))
         metadata = entry.manifest.metadata if entry.manifest is not None else {}
         seconds = time.perf_counter() - began_s
-        return Resume(entry.step, entry.path, not entry.foreign, passed_over, seconds, metadata, left)
+        return Resume(entry.step, entry.path, not entry.foreign, passed_over, seconds, metadata, left, phases)
 
     def _files(self, entry: StepEntry) -> restore.StepFiles:
         all_here = self._share[1] == 1 and not self._state.devices()
@@ -354,6 +367,7 @@ class Loader:
         left: tuple[str, ...],
         strict: bool,
         trusted: bool,
+        mark: Callable[[str], None],
     ) -> Matching:
         """What goes where; nothing is changed yet."""
         try:
@@ -371,6 +385,7 @@ class Loader:
             if own in (files.entries or ()) and self._has_as_many_ranks(entry):
                 tree.update(restore.read_zip(files, own, trusted=trusted))
             files.begin_early()
+            mark("parsed")
             tree = {name: branch for name, branch in tree.items() if name not in left}
             restore.refuse_inert(tree, self._state.restored())
             matching = self._state.match(tree)

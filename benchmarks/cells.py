@@ -26,7 +26,9 @@ def size(count: float) -> str:
 
 
 def value(number: float, unit: str) -> str:
-    """One figure. Units: s, x (times as much), % (of one) and bytes."""
+    """One figure. Units: s, x (times as much), % (of one), bytes, and none for a count."""
+    if not unit:
+        return f"{number:,.0f}"
     if unit == "bytes":
         return f"{number / (1 << 20):.1f} MiB"
     if unit == "%":

@@ -1,10 +1,10 @@
 """Training that saves at each step: does it run at its own pace, or at the disk's?
 
-Some steps with a save after each, until waiting for the last save ends; beside them as many quiet steps,
-and as many bytes written raw. Of both the last two are kept and older ones deleted meanwhile, since to
-delete takes the disk's time too, most of all where the filesystem is mounted with `discard`. The last save
-is compared with the state that it left; a step from what the last but one saved must lead to the same
-state, so that a save during which training went on is verified too.
+Some steps with a save after each, until waiting for the last save ends; as many quiet steps before them, and
+after them again; as many bytes written raw. Of both the last two are kept and older ones deleted meanwhile,
+since to delete takes the disk's time too, most of all where the filesystem is mounted with `discard`. The
+last save is compared with the state that it left; a step from what the last but one saved must lead to the
+same state, so that a save during which training went on is verified too.
 
     best_s      what could be reached: all steps and then the last write, or the first step and then all
                 writes, whichever is longer; nothing is written before a step, and no step after the last
@@ -53,7 +53,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
-    rounds = options.rounds_or(5)
+    rounds = options.rounds_or(8)
     disk = RawDisk(scratch)
     steps = _TINY_STEPS if options.tiny else STEPS
     savers = []
@@ -98,11 +98,7 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
 
 def _measure(workload: Workload, saver: Asyncckpt, disk: RawDisk, first: int, steps: int) -> dict[str, Any]:
     """Quiet steps, steps with a save after each, raw writes of as many bytes."""
-    settle()
-    began_s = time.perf_counter()
-    for _ in range(steps):
-        workload.step()
-    quiet_s = time.perf_counter() - began_s
+    quiet_before_s = _quiet(workload, steps)
     began_s = time.perf_counter()
     pending = []
     for step in range(first, first + steps):
@@ -111,6 +107,8 @@ def _measure(workload: Workload, saver: Asyncckpt, disk: RawDisk, first: int, st
     training_s = time.perf_counter() - began_s
     reports = [report for one in pending if (report := one.wait()) is not None]
     seconds = time.perf_counter() - began_s
+    contents = _judge(workload, saver, first + steps - 1)
+    quiet_s = (quiet_before_s + _quiet(workload, steps)) / 2
     settle()
     raw_s = disk.rolling(reports[-1].nbytes, steps, _KEEP_LAST)
     best_s = max(quiet_s + raw_s / steps, quiet_s / steps + raw_s)
@@ -129,8 +127,16 @@ def _measure(workload: Workload, saver: Asyncckpt, disk: RawDisk, first: int, st
         "x_raw": seconds / raw_s,
         "blocked_s": [report.blocked_s for report in reports],
         "starved_s": [report.starved_s for report in reports],
-        "contents": _judge(workload, saver, first + steps - 1),
+        "contents": contents,
     }
+
+
+def _quiet(workload: Workload, steps: int) -> float:
+    settle()
+    began_s = time.perf_counter()
+    for _ in range(steps):
+        workload.step()
+    return time.perf_counter() - began_s
 
 
 def _judge(workload: Workload, saver: Asyncckpt, last: int) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import resource
 import signal
 import threading
@@ -49,9 +50,12 @@ class Lineup:
         """Those still in the run."""
         return [*self._ours, *self._peers]
 
-    def turns(self, number: int) -> list[Saver]:
-        """The order in a round: every other one backwards. Ours are at one end of it, one after the other."""
-        return self.savers[:: -1 if number % 2 else 1]
+    def turns(self, number: int, with_peers: bool = True) -> list[Saver]:
+        """Who saves in a round, in an order that chance has made, the same in every run: nobody follows the
+        same saver, or the same raw write, each time."""
+        order = self.savers if with_peers else list(self._ours)
+        random.Random(number).shuffle(order)
+        return order
 
     def measure(self, saver: Saver, measurement: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """What it returns; None if a peer was not up to it, which is then out."""

@@ -61,7 +61,11 @@ def _run(options: Options, workload: Workload, saver: Asyncckpt, scratch: Path) 
         resume = saver.resume(_STEP)
         seconds = time.perf_counter() - began_s
         assert resume.verified
-        return {"ours_s": seconds, "contents": workload.judge(dict(workload.tensors()))}
+        return {
+            "ours_s": seconds,
+            "phases": dict(resume.phases),
+            "contents": workload.judge(dict(workload.tensors())),
+        }
 
     def raw() -> dict[str, Any]:
         forget(raw_files)
@@ -105,6 +109,7 @@ def _run(options: Options, workload: Workload, saver: Asyncckpt, scratch: Path) 
             "raw_s": summary(row["raw_s"] for row in rows),
             "stock_s": summary(row["stock_s"] for row in stock),
             "ratio": ratio,
+            "phases": {name: summary(row["phases"][name] for row in rows) for name in rows[0]["phases"]},
             "contents_right": sum(row["contents"] == "right" for row in rows),
             "stock_contents_right": sum(row["contents"] == "right" for row in stock),
             "direct": all(row["raw_direct"] for row in rows),

@@ -120,8 +120,8 @@ def _measure(
     rows: list[dict[str, Any]] = []
     try:
         for number in range(rounds + 1):  # the first warms up ours; peers come warm
-            for saver in lineup.turns(number):
-                if saver not in ours and (not 1 <= number <= scale.peer_rounds or saver.name in slow):
+            for saver in lineup.turns(number, with_peers=1 <= number <= scale.peer_rounds):
+                if saver.name in slow:
                     continue
                 found = lineup.measure(saver, partial(measure, workload, saver, number + 1))
                 if found is None:

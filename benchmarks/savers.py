@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -85,9 +85,12 @@ class Asyncckpt:
         directory: Path,
         host_memory_bytes: int,
         keep_last: int | None = None,
+        writers_priority: Literal["normal", "low"] = "normal",
     ) -> None:
         self.name = name
         self.note = f"host_memory = {host_memory_bytes >> 20} MiB"
+        if writers_priority != "normal":
+            self.note += f', writers_priority = "{writers_priority}"'
         self._directory = directory
         self._workload = workload
         self._checkpointer = AsyncCheckpointer(
@@ -97,6 +100,7 @@ class Asyncckpt:
             host_memory=host_memory_bytes,
             layout=self.layout,
             keep_last=keep_last,
+            writers_priority=writers_priority,
         )
 
     def save(self, step: int) -> Pending:

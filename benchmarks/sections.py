@@ -13,10 +13,11 @@ _HOW_STALL = """
 **How.** {state}: {weights} weights of {rows} x {columns} in float32, both moments of AdamW and a step
 counter each, {tensors} tensors in all. A training step is {compute_ms:.0f} ms of matmul on one thread, then a
 fused AdamW step over every weight; {step_ms:.0f} ms when nothing is being saved. In each of {rounds} rounds,
-after one to warm up, every saver in turn, in every other round backwards: a few quiet steps, a save, steps
-until that save is durable. By then every tensor has changed; the files are read back with what the saver's
-users read them with, compared bit for bit with the state at the call, and deleted. Beside each save, before
-and after it in turn, as many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one
+after one to warm up, every saver in turn, in an order that chance has made; peers in the first {peer_rounds}
+only. A turn is a few quiet steps, a save, steps until that save is durable, quiet steps again. By then every
+tensor has changed; the files are read back with what the saver's users read them with, compared bit for bit
+with the state at the call, and deleted. Beside each save, before it in one round and after it in the next, as
+many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one
 new preallocated file, fsync; training is idle then. Once in a round as many are written raw while training
 goes on: what the disk's traffic alone costs the steps. A peer that does not answer in time is out.
 
@@ -24,13 +25,17 @@ goes on: what the disk's traffic alone costs the steps. A peer that does not ans
   from outside, less what those hooks take in a quiet step ({idle_us:.0f} us): all our checkpointers stay in
   the run, and their hooks in everybody's steps. The nested dictionary that a peer is given is made inside its
   call, as its users make it.
-- *Slowdown*: steps that began while the save was in flight, against the quiet steps just before; waits in
-  hooks are in *blocked*, not here.
+- *Slowdown*: how much longer a step takes while the save is in flight, from the return of the call until
+  durable: what the steps that began in that time took beyond quiet ones, by what is left of it. Waits in
+  hooks are in *blocked*, not here. A save that is durable at its return, or soon after, has none.
 - *Lost*: all of it: from the call to the end of the last of those steps, less as many quiet steps.
 - *Durable*: from the call until files and their fsync are done; ours as its report says. Where the peer
   knows no fsync, a thread of the benchmark adds it.
-
-Ours has the writers' priority that it comes with; what `writers_priority="low"` gives is not measured here.
+"""
+_HOW_PHASES = """
+What blocked, as measured and as `SaveReport` has it; then the time from the call to each phase. A call that
+takes longer than its thread was on a processor has waited; switches count how often it left the processor,
+and page faults how often memory was not there.
 """
 _HOW_MANY_TENSORS = """
 **How.** Saves under training as above, of states that have about the same bytes in ever more leaves: four for
@@ -57,20 +62,21 @@ load, and what is there after it is compared with what was saved. Once a round, 
 tensors that were made before.
 """
 _HOW_CPU = """
-**How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn, in every other
-round backwards, saves {state}; peers in the first {peer_rounds} only. What all threads of the process spend
-on processors, user and system, from the call until durable, is the save's, and what processes beside it spend
-that some peers write with. Our checksums are in it; the peers make none. What the kernel writes back on
+**How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn, in an order
+that chance has made, saves {state}; peers in the first {peer_rounds} only. What all threads of the process
+spend on processors, user and system, from the call until durable, is the save's, and what processes beside it
+spend that some peers write with. Our checksums are in it; the peers make none. What the kernel writes back on
 threads of its own, for whoever writes through the page cache, is in nobody's account: it flatters the peers.
-Once a round, as many bytes are written raw by {raw_threads} threads: what the disk alone costs.
+Once a round, as many bytes are written raw by {raw_threads} threads: what the disk alone costs. And the state
+is copied by torch, on one thread, to memory that is there already: what a copy alone costs.
 """
 _HOW_EVERY_STEP = """
 **How.** In each of {rounds} rounds, after one to warm up: {steps} quiet steps; {steps} steps with a save of
-{state} after each, until waiting for the last save ends; raw writes of as many bytes by {raw_threads}
-threads, one file for each save. The last two saves and raw files are kept and older ones deleted meanwhile,
-in that time: deletions take the disk's time too, most of all where the filesystem is mounted with
-`discard`. The last save is compared with the state that it left, and a step from the last but one must lead
-to the same state.
+{state} after each, until waiting for the last save ends; {steps} quiet steps again; raw writes of as many
+bytes by {raw_threads} threads, one file for each save. The last two saves and raw files are kept and older
+ones deleted meanwhile, in that time: deletions take the disk's time too, most of all where the filesystem is
+mounted with `discard`. The last save is compared with the state that it left, and a step from the last but
+one must lead to the same state.
 
 - *Time*: that of the steps with saves, until the last is durable and what it makes superfluous is deleted.
 - *x best*: beside what could be reached: all quiet steps and then one raw write, or one quiet step and then
@@ -112,6 +118,7 @@ def _stall(document: dict[str, Any]) -> list[str]:
             step_ms=config["step_s"] * 1e3,
             idle_us=ours["idle_fence_s"]["median"] * 1e6,
             rounds=config["rounds"],
+            peer_rounds=config["peer_rounds"],
             raw_threads=config["raw_threads"],
         ),
         "### Beside the peers\n",
@@ -123,7 +130,7 @@ def _stall(document: dict[str, Any]) -> list[str]:
                         name,
                         spread(one["blocked_s"], "s"),
                         f"{one['blocked_s']['median'] / ours['blocked_s']['median']:.1f}",
-                        spread(one["slowdown"], "%"),
+                        spread(one["slowdown"], "%") if "slowdown" in one else "",
                         spread(one["lost_s"], "s"),
                         spread(one["durable_s"], "s"),
                         spread(one["ratio"], "x"),
@@ -146,7 +153,7 @@ def _stall(document: dict[str, Any]) -> list[str]:
         bullets(f"*{name}*: {note}." for name, note in config["notes"].items()),
         _cannot_run(document),
         "### Where the time of a save goes\n",
-        "What blocked, as measured and as `SaveReport` has it; then the time from the call to each phase.\n",
+        _HOW_PHASES,
         _phases({name: one for name, one in summaries.items() if "phases" in one}),
     ]
 
@@ -156,10 +163,23 @@ def _phases(summaries: dict[str, dict[str, Any]]) -> str:
         (what, *(spread(one[key], "s") for one in summaries.values()))
         for what, key in (
             ("inside save()", "call_s"),
+            ("inside save(), on a processor", "call_cpu_s"),
             ("in the step's fence", "fence_s"),
             ("blocked, reported", "reported_blocked_s"),
         )
     ]
+    lines += [
+        (what, *(spread(one[key], "") for one in summaries.values()))
+        for what, key in (
+            ("switches inside save()", "call_switches"),
+            ("page faults inside save()", "call_faults"),
+        )
+    ]
+    return table(("", *summaries), (*lines, *_until(summaries)))
+
+
+def _until(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """When each phase was reached, in their order."""
     names = dict.fromkeys(name for one in summaries.values() for name in one["phases"])
 
     def reached_s(name: str) -> float:
@@ -167,12 +187,13 @@ def _phases(summaries: dict[str, dict[str, Any]]) -> str:
             float(one["phases"][name]["median"]) for one in summaries.values() if name in one["phases"]
         )
 
-    for name in sorted(names, key=reached_s):
-        cells = (
-            spread(one["phases"][name], "s") if name in one["phases"] else "" for one in summaries.values()
-        )
-        lines.append((f"until {name}", *cells))
-    return table(("", *summaries), lines)
+    def cell(one: dict[str, Any], name: str) -> str:
+        return spread(one["phases"][name], "s") if name in one["phases"] else ""
+
+    return [
+        (f"until {name}", *(cell(one, name) for one in summaries.values()))
+        for name in sorted(names, key=reached_s)
+    ]
 
 
 def _write(document: dict[str, Any]) -> list[str]:
@@ -263,6 +284,9 @@ def _load(document: dict[str, Any]) -> list[str]:
                 f"O_DIRECT: {'all raw reads' if summaries['direct'] else 'refused here, all was buffered'}.",
             )
         ),
+        "### Where the time of a load goes\n",
+        "From the call to each phase, as `Resume` has it.\n",
+        table(("", "asyncckpt, load()"), _until({"asyncckpt": summaries})),
     ]
 
 
@@ -284,6 +308,7 @@ def _cpu(document: dict[str, Any]) -> list[str]:
                     for name, one in document["summary"].items()
                 ),
                 ("raw writes, nothing saved", *_processor_times(document["raw"]), ""),
+                ("a copy, nothing saved", *_processor_times(document["copy"]), ""),
             ),
         ),
         _cannot_run(document),
@@ -292,7 +317,7 @@ def _cpu(document: dict[str, Any]) -> list[str]:
 
 def _processor_times(one: dict[str, Any]) -> tuple[str, ...]:
     keys = ("cpu_s_per_gib", "user_s_per_gib", "system_s_per_gib", "durable_s")
-    return tuple(spread(one[key], "s") for key in keys)
+    return tuple(spread(one[key], "s") if key in one else "" for key in keys)
 
 
 def _every_step(document: dict[str, Any]) -> list[str]:

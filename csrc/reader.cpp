@@ -137,6 +137,9 @@ Reading::Reading(std::vector<FileRead> files, unsigned threads, bool direct, boo
   running_ = static_cast<size_t>(std::min<uint64_t>(std::max(1u, threads), total));
   const size_t wanted = running_;
   try {
+    // None works before all are there: finding memory for buffers holds up whoever maps some, and a thread
+    // begins with a stack.
+    const std::lock_guard<std::mutex> lock(mutex_);
     for (size_t i = 0; i < wanted; ++i) start_thread(threads_, [this] { read_loop(); });
   } catch (...) {
     cancel();
@@ -213,6 +216,7 @@ void Reading::use_devices(const std::string& driver, const std::vector<CallerStr
 }
 
 void Reading::read_loop() {
+  { const std::lock_guard<std::mutex> all_are_there(mutex_); }
   uint64_t block = 0;
   ReadError error = read_all(&block);
   std::lock_guard<std::mutex> lock(mutex_);

@@ -42,14 +42,29 @@ def test_stall_verifies_every_save_of_ours_and_of_the_peers(results: Path) -> No
     assert document["tiny"]
     rounds, rows = document["config"]["rounds"], document["rows"]
     assert len(rows) == rounds * len(document["summary"])
-    for name in ("asyncckpt", "asyncckpt, small arena", "torch.save", "dcp.save"):
+    for name in (
+        "asyncckpt", "asyncckpt, writers stand back", "asyncckpt, small arena", "torch.save", "dcp.save"
+    ):  # fmt: skip
         ours = [row for row in rows if row["saver"] == name]
         assert [row["contents"] for row in ours] == ["right"] * rounds
     for row in rows:
         assert row["raw"]["nbytes"] >= document["config"]["nbytes"]
         assert row["blocked_s"] == row["call_s"] + row["fence_s"]
         assert 0 < row["call_s"] < row["durable_s"] + 1e-3
-    assert len(document["summary"]) + len(document["cannot_run"]) == 11
+        assert 0 < row["call_cpu_s"] <= row["call_s"] + 1e-3
+    assert len(document["summary"]) + len(document["cannot_run"]) == 12
+
+
+def test_slowdown_is_of_the_time_in_flight() -> None:
+    from benchmarks.stall import _slowdown
+    from benchmarks.workload import StepTime
+
+    steps = [StepTime(1.5, 0.0), StepTime(1.5, 0.0), StepTime(1.0, 0.0)]  # a quiet step takes one second
+    assert _slowdown(steps, 1.0, 3.0) == pytest.approx(0.5)  # until the second step ended
+    assert _slowdown(steps, 1.0, 4.0) == pytest.approx(1 / 3)  # in all of them, on average
+    waited = [StepTime(2.5, 1.0), StepTime(1.5, 0.0), StepTime(1.0, 0.0)]
+    assert _slowdown(waited, 1.0, 4.0) == pytest.approx(0.5)  # waits are blocked, not slow
+    assert _slowdown(steps[2:], 1.0, 1e-3) is None
 
 
 def test_a_peer_that_fails_or_hangs_is_out_with_its_reason(
@@ -90,8 +105,11 @@ def test_a_peer_that_fails_or_hangs_is_out_with_its_reason(
             "fails": "AssertionError: no disk",
             "hangs": "TimeoutError: no answer within 0.2 s",
         }
-        assert [saver.name for saver in found.turns(0)] == ["ours", "works", "fails later"]
-        assert [saver.name for saver in found.turns(1)] == ["fails later", "works", "ours"]
+        orders = [[saver.name for saver in found.turns(number)] for number in range(20)]
+        assert {frozenset(names) for names in orders} == {frozenset(("ours", "works", "fails later"))}
+        assert len({tuple(names) for names in orders}) == 6  # all that there are
+        assert orders == [[saver.name for saver in found.turns(number)] for number in range(20)]
+        assert found.turns(3, with_peers=False) == [ours]
         assert found.measure(found.savers[1], lambda: {"saver": "works"}) == {"saver": "works"}
         assert found.measure(found.savers[2], fails_later) is None
         assert found.cannot_run["fails later"] == "OSError: no disk any more"
@@ -137,6 +155,9 @@ def test_loads_are_verified_and_paired_with_raw_reads_in_either_order(results: P
     assert len(rows) == 2 * document["config"]["rounds"]
     assert [row["first"] for row in rows[:2]] == ["ours", "raw"]
     assert {row["contents"] for row in (*rows, *document["stock_rows"])} == {"right"}
+    for row in rows:
+        assert list(row["phases"]) == ["listed", "parsed", "matched", "read", "applied"]
+        assert row["phases"]["applied"] <= row["ours_s"]
     assert document["targets"][0]["measured"]["count"] == len(rows)
 
 
@@ -153,7 +174,7 @@ def test_saves_are_verified_and_paired_with_raw_writes_in_either_order(results: 
 
 def test_processor_time_is_that_of_saves_that_were_right(results: Path) -> None:
     document = json.loads((results / "cpu.json").read_text())
-    for row in (*document["rows"], *document["raw_rows"]):
+    for row in (*document["rows"], *document["raw_rows"], *document["copy_rows"]):
         assert row["cpu_s_per_gib"] == row["user_s_per_gib"] + row["system_s_per_gib"] > 0
     assert document["summary"]["asyncckpt"]["contents_right"] == document["config"]["rounds"]
     assert document["targets"][0]["measured"] == document["summary"]["asyncckpt"]["cpu_s_per_gib"]

@@ -305,6 +305,16 @@ def test_metadata_may_change_right_after_save(tmp_path: Path, model: nn.Module) 
     assert resume.metadata == {"seen": [1, 2]}
 
 
+@pytest.mark.parametrize("layout", ["dcp", "megatron"])
+def test_a_load_tells_when_each_phase_was_reached(tmp_path: Path, model: nn.Module, layout: str) -> None:
+    with AsyncCheckpointer(tmp_path, model=model, layout=layout) as checkpointer:
+        checkpointer.save(1).wait()
+        resume = checkpointer.load(1)
+    assert list(resume.phases) == ["listed", "parsed", "matched", "read", "applied"]
+    times = [0, *resume.phases.values(), resume.seconds]
+    assert times == sorted(times)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_is_refused_and_changes_nothing(tmp_path: Path, model: nn.Module) -> None:
     with AsyncCheckpointer(tmp_path, model=model) as checkpointer:
