@@ -26,7 +26,6 @@ from .formats.refs import span_elements
 from .shards import local_of
 from .tree import Leaf, StateTree, Steady, Structure, tensors_in
 
-_ATOMS = {str, int, float, bool, type(None)}
 _SPARE_NBYTES_MAX = 1 << 20  # of slots that what was there once has left behind; arbitrary
 NO_SLAB = -1  # in place of a slab's number; the same as kNoSlab in csrc/engine.h
 
@@ -377,8 +376,6 @@ def inert_in(pickled: Pickled) -> list[tuple[str, str]]:
 
 def refuse_unreachable(leaf: Leaf) -> None:
     """Raise LeafError for tensors whose bytes cannot be copied."""
-    if type(leaf.value) in _ATOMS:
-        return
     tensors = (leaf.value,) if isinstance(leaf.value, torch.Tensor) else tensors_in(leaf.value)
     for tensor in map(local_of, tensors):
         if tensor.layout != torch.strided:

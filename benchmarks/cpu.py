@@ -5,8 +5,8 @@ what the processes spend that some peers write with; of these the kernel tells h
 checksums are in it; the peers make none. What the kernel writes back on threads of its own, for whoever
 writes through the page cache, is in nobody's account: it flatters the peers. Beside the savers as many bytes
 are written raw, which is what the disk alone costs: with Python between the calls there, without it in ours.
-And the state is copied to memory that is there already, tensor by tensor, by torch on one thread: nobody who
-copies it can have it for less than that, whatever memory gives at the time.
+And the state is copied to memory that is there already, tensor by tensor, by torch on one thread: it tells
+what memory gives at the time.
 
     cpu_s_per_gib   seconds on processors, user and system, all threads and processes, for each GiB saved
     user_s_per_gib, system_s_per_gib    its two parts

@@ -9,11 +9,14 @@ same state, so that a save during which training went on is verified too.
     best_s      what could be reached: all steps and then the last write, or the first step and then all
                 writes, whichever is longer; nothing is written before a step, and no step after the last
     x_best      seconds of all that, by best_s; the limit is one tenth more
+    beside_s    seconds of the same steps and of the raw writes, all at the same time, the first write after
+                the first step: what the steps and the disk's traffic cost each other, with nothing saved
     x_quiet     the same, by seconds of the quiet steps
     x_raw       the same, by seconds of the raw writes and deletions
     blocked_s   of one save, from its SaveReport; starved_s too
     unreported  what training lost but no report told: until the last save() returned, less the quiet steps,
-                less all of blocked_s; as a share of that time. Steps that run slower beside a save are in it
+                less what blocked until then; as a share of that time. Steps that run slower beside a save are
+                in it
 
     python -m benchmarks.every_step [--tiny] [--dir DISK] [--out DIRECTORY] [--rounds COUNT]
 """
@@ -21,8 +24,10 @@ same state, so that a save during which training went on is verified too.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +110,15 @@ def _measure(workload: Workload, saver: Asyncckpt, disk: RawDisk, first: int, st
         workload.step()
         pending.append(saver.save(step))
     training_s = time.perf_counter() - began_s
+    reported_s = sum(one.blocked_so_far_s for one in pending)  # waiting for the last is no part of training
     reports = [report for one in pending if (report := one.wait()) is not None]
     seconds = time.perf_counter() - began_s
     contents = _judge(workload, saver, first + steps - 1)
     quiet_s = (quiet_before_s + _quiet(workload, steps)) / 2
+    beside_s = _beside(workload, disk, reports[-1].nbytes, steps)
     settle()
     raw_s = disk.rolling(reports[-1].nbytes, steps, _KEEP_LAST)
     best_s = max(quiet_s + raw_s / steps, quiet_s / steps + raw_s)
-    reported_s = sum(report.blocked_s for report in reports)
     return {
         "saver": saver.name,
         "seconds": seconds,
@@ -121,14 +127,38 @@ def _measure(workload: Workload, saver: Asyncckpt, disk: RawDisk, first: int, st
         "raw_s": raw_s,
         "best_s": best_s,
         "x_best": seconds / best_s,
+        "beside_s": beside_s,
+        "x_beside": seconds / beside_s,
         "lost_s": training_s - quiet_s,
         "unreported": (training_s - quiet_s - reported_s) / training_s,
         "x_quiet": seconds / quiet_s,
         "x_raw": seconds / raw_s,
+        "reported_s": reported_s,
         "blocked_s": [report.blocked_s for report in reports],
         "starved_s": [report.starved_s for report in reports],
         "contents": contents,
     }
+
+
+def _beside(workload: Workload, disk: RawDisk, nbytes: int, steps: int) -> float:
+    """Steps and raw writes at the same time."""
+    prepared, first_step_over = threading.Event(), threading.Event()
+
+    def begin() -> None:
+        prepared.set()
+        first_step_over.wait()
+
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(disk.rolling, nbytes, steps, _KEEP_LAST, begin)
+        writing.add_done_callback(lambda _: prepared.set())  # also if it failed before
+        prepared.wait()
+        began_s = time.perf_counter()
+        workload.step()
+        first_step_over.set()
+        for _ in range(steps - 1):
+            workload.step()
+        writing.result()
+        return time.perf_counter() - began_s
 
 
 def _quiet(workload: Workload, steps: int) -> float:
@@ -157,6 +187,8 @@ def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "raw_s",
         "best_s",
         "x_best",
+        "beside_s",
+        "x_beside",
         "lost_s",
         "unreported",
         "x_quiet",

@@ -51,8 +51,8 @@ class Lineup:
         return [*self._ours, *self._peers]
 
     def turns(self, number: int, with_peers: bool = True) -> list[Saver]:
-        """Who saves in a round, in an order that chance has made, the same in every run: nobody follows the
-        same saver, or the same raw write, each time."""
+        """Who saves in a round, in an order that chance has made, the same in every run: whom a saver
+        follows changes from round to round."""
         order = self.savers if with_peers else list(self._ours)
         random.Random(number).shuffle(order)
         return order

@@ -23,7 +23,9 @@ _PAGE = 4096
 _HUGE_PAGE = 2 << 20
 BLOCK_NBYTES = 4 << 20
 RAW_THREADS = 4
-_TRIMS_NBYTES = 96 << 10  # free() of more than 64 KiB makes glibc give back what lies free above its heap
+_TRIMS_NBYTES = (
+    96 << 10
+)  # more than the 64 KiB from which on free() looks; less than what is mapped by itself
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,17 @@ class RawDisk:
         self._path.unlink()
         return RawWrite(seconds, nbytes, direct)
 
-    def rolling(self, nbytes: int, count: int, kept: int) -> float:
+    def rolling(
+        self, nbytes: int, count: int, kept: int, begin: Callable[[], object] = lambda: None
+    ) -> float:
         """Seconds for `count` such writes one after the other where only the last files are kept, as many as
-        that; each file that is one too many is deleted in that time, while the next is written."""
+        that; each file that is one too many is deleted in that time, while the next is written. They begin
+        once `begin` has returned."""
         paths = [self._path.with_name(f"raw-{index}") for index in range(kept + count)]
         for path in paths[:kept]:
             self.keep(path, nbytes)
         settle()
+        begin()
         began_s = time.perf_counter()
         with ThreadPoolExecutor(1) as deleting:
             gone = []
@@ -151,8 +157,14 @@ def settle() -> None:
     """Let the past disturb nobody: writes, deletions and their journal reach the disk; garbage is collected;
     memory that was freed is given back, which takes a tenth of a second for each GiB."""
     gc.collect()
-    bytes(_TRIMS_NBYTES)
+    _trim_heap()
     os.sync()
+
+
+def _trim_heap() -> None:
+    """Have what lies free above glibc's heap given back now: else the next to free much waits for it, whoever
+    that is. No more than that: what peers use again from save to save stays theirs."""
+    bytes(_TRIMS_NBYTES)
 
 
 def forget(paths: Iterable[Path]) -> None:

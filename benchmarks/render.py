@@ -61,13 +61,14 @@ def _targets(documents: Mapping[str, dict[str, Any]], notes: Mapping[limits.Key,
                     one["where"],
                     value(one["limit"], one["unit"]),
                     spread(one["measured"], one["unit"]) + beside,
+                    str(one["measured"]["count"]),
                     "yes" if one["met"] else "**no**",
                     note,
                 )
             )
     if not lines:
         return []
-    head = ("What", "Where", "At most", "Measured", "Met", "Note")
+    head = ("What", "Where", "At most", "Measured", "Samples", "Met", "Note")
     return ["## Targets\n", _HOW_TARGETS, table(head, lines)]
 
 

@@ -54,13 +54,20 @@ class Saver(Protocol):
         """Give everything back."""
 
 
-class _OurPending:
+class OurPending:
+    """A save of ours that is not durable yet."""
+
     def __init__(self, handle: SaveHandle, began_s: float) -> None:
         self._handle = handle
         self._began_s = began_s
 
     def done(self) -> bool:
         return self._handle.done()
+
+    @property
+    def blocked_so_far_s(self) -> float:
+        """What the report says by now."""
+        return self._handle.report.blocked_s
 
     def wait(self) -> SaveReport:
         return self._handle.wait()
@@ -103,9 +110,9 @@ class Asyncckpt:
             writers_priority=writers_priority,
         )
 
-    def save(self, step: int) -> Pending:
+    def save(self, step: int) -> OurPending:
         began_s = time.perf_counter()
-        return _OurPending(self._checkpointer.save(step), began_s)
+        return OurPending(self._checkpointer.save(step), began_s)
 
     def load(self, step: int) -> dict[str, torch.Tensor]:
         return DcpReader(self._workload).read(self.directory(step))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cells import bullets, size, spread, table, value
+from .results import summary
 
 _GIB = 1 << 30
 _HOW_STALL = """
@@ -17,17 +18,19 @@ after one to warm up, every saver in turn, in an order that chance has made; pee
 only. A turn is a few quiet steps, a save, steps until that save is durable, quiet steps again. By then every
 tensor has changed; the files are read back with what the saver's users read them with, compared bit for bit
 with the state at the call, and deleted. Beside each save, before it in one round and after it in the next, as
-many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one
-new preallocated file, fsync; training is idle then. Once in a round as many are written raw while training
-goes on: what the disk's traffic alone costs the steps. A peer that does not answer in time is out.
+many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one new preallocated file,
+fsync; training is idle then. Once in a round as many are written raw while training goes on, by threads of
+the same process: what it costs the steps that something is written at all. A peer that does not answer in
+time is out.
 
 - *Blocked*: the time inside the call, and what optimizer hooks made the step wait afterwards, both timed
   from outside, less what those hooks take in a quiet step ({idle_us:.0f} us): all our checkpointers stay in
   the run, and their hooks in everybody's steps. The nested dictionary that a peer is given is made inside its
   call, as its users make it.
 - *Slowdown*: how much longer a step takes while the save is in flight, from the return of the call until
-  durable: what the steps that began in that time took beyond quiet ones, by what is left of it. Waits in
-  hooks are in *blocked*, not here. A save that is durable at its return, or soon after, has none.
+  durable: what the steps that began in that time took beyond quiet ones, by the rest of that time. Waits in
+  hooks are in *blocked*, not here. Nothing is said where that time is less than half a quiet step.
+- *x ours*: blocked, beside the first line's save of the same round.
 - *Lost*: all of it: from the call to the end of the last of those steps, less as many quiet steps.
 - *Durable*: from the call until files and their fsync are done; ours as its report says. Where the peer
   knows no fsync, a thread of the benchmark adds it.
@@ -81,9 +84,12 @@ one must lead to the same state.
 - *Time*: that of the steps with saves, until the last is durable and what it makes superfluous is deleted.
 - *x best*: beside what could be reached: all quiet steps and then one raw write, or one quiet step and then
   all raw writes and deletions, whichever is longer. The target allows a tenth more.
+- *x beside*: beside the same steps and as many raw writes and deletions at the same time, by threads of the
+  same process, the first write after the first step: nothing is copied or waited for there, but steps and
+  disk slow each other down.
 - *Lost*: from the first step until the last save() returned, less the quiet steps.
-- *Unreported*: what of it is in no report's *blocked*, as a share of that time: steps that run slower while
-  something is saved, for one.
+- *Unreported*: what of it no report had in *blocked* by then, as a share of that time: steps that run slower
+  while something is saved, for one.
 - *Blocked* and *starved*: of one save, as `SaveReport` has them.
 """
 _HOW_FIRST_SAVE = """
@@ -129,7 +135,7 @@ def _stall(document: dict[str, Any]) -> list[str]:
                     (
                         name,
                         spread(one["blocked_s"], "s"),
-                        f"{one['blocked_s']['median'] / ours['blocked_s']['median']:.1f}",
+                        spread(one["x_ours"], "x"),
                         spread(one["slowdown"], "%") if "slowdown" in one else "",
                         spread(one["lost_s"], "s"),
                         spread(one["durable_s"], "s"),
@@ -142,7 +148,7 @@ def _stall(document: dict[str, Any]) -> list[str]:
                     "raw writes, nothing saved",
                     "",
                     "",
-                    spread(raw["slowdown"], "%"),
+                    spread(raw["slowdown"], "%") if "slowdown" in raw else "",
                     spread(raw["lost_s"], "s"),
                     spread(raw["raw_s"], "s"),
                     "",
@@ -166,7 +172,10 @@ def _phases(summaries: dict[str, dict[str, Any]]) -> str:
             ("inside save(), on a processor", "call_cpu_s"),
             ("in the step's fence", "fence_s"),
             ("blocked, reported", "reported_blocked_s"),
+            ("blocked, in rounds with peers", "blocked_beside_peers_s"),
+            ("blocked, in rounds without", "blocked_among_ours_s"),
         )
+        if all(key in one for one in summaries.values())
     ]
     lines += [
         (what, *(spread(one[key], "") for one in summaries.values()))
@@ -249,7 +258,25 @@ def _many_tensors(document: dict[str, Any]) -> list[str]:
             ),
         ),
         _cannot_run(document),
+        "### Where the time of a save goes\n",
+        _HOW_PHASES,
+        *(
+            f"{scale['leaves']:,} leaves:\n\n{_phases(_with_phases(scale, document['rows']))}"
+            for scale in document["sizes"]
+        ),
     ]
+
+
+def _with_phases(scale: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Summaries of our savers at one number of leaves."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in scale["summary"]:
+        of_saver = [row for row in rows if row["saver"] == name and row["leaves"] == scale["leaves"]]
+        if "phases" in of_saver[0]:
+            keys = ("call_s", "call_cpu_s", "call_faults", "call_switches", "fence_s", "reported_blocked_s")
+            phases = {key: summary(row["phases"][key] for row in of_saver) for key in of_saver[0]["phases"]}
+            found[name] = {**{key: summary(row[key] for row in of_saver) for key in keys}, "phases": phases}
+    return found
 
 
 def _idle_s(scale: dict[str, Any]) -> float:
@@ -334,6 +361,7 @@ def _every_step(document: dict[str, Any]) -> list[str]:
                 "Saver",
                 "Time",
                 "x best",
+                "x beside",
                 "x quiet steps",
                 "x raw writes",
                 "Lost",
@@ -347,6 +375,7 @@ def _every_step(document: dict[str, Any]) -> list[str]:
                     name,
                     spread(one["seconds"], "s"),
                     spread(one["x_best"], "x"),
+                    spread(one["x_beside"], "x"),
                     spread(one["x_quiet"], "x"),
                     spread(one["x_raw"], "x"),
                     spread(one["lost_s"], "s"),

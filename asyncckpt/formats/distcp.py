@@ -40,7 +40,7 @@ _STEM = "archive"  # what torch.save calls an archive that has no file name
 _PICKLE_PROTOCOL = 4  # of `.metadata`; every supported Python reads it
 
 _Sizes = tuple[int, ...]
-_ATOMS = frozenset((str, int, bool, float, type(None), torch.Size, torch.dtype))
+_LITERALS = frozenset((str, int, bool, float, type(None), torch.Size, torch.dtype))
 PathStep = str | int  # into a nested state dict: a key, or an index of a list
 
 
@@ -539,7 +539,7 @@ class _Conversion:
 
     def convert(self, value: Any) -> Any:
         """`value` with all stand-ins for DCP's classes replaced; other stand-ins stay inert."""
-        if type(value) in _ATOMS:
+        if type(value) in _LITERALS:
             return value
         if isinstance(value, Inert):
             if id(value) not in self._done:
@@ -565,7 +565,7 @@ class _Conversion:
         if type(value.state) is dict and value.state.keys() == names:
             built = object.__new__(kind)  # as unpickling does; the constructors take four times as long
             state = value.state
-            vars(built).update({n: c if type(c) in _ATOMS else self.convert(c) for n, c in state.items()})
+            vars(built).update({n: c if type(c) in _LITERALS else self.convert(c) for n, c in state.items()})
             return built
         state = {name: self.convert(child) for name, child in (value.state or {}).items()}
         built = kind(**{name: child for name, child in state.items() if name in names})

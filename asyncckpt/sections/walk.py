@@ -119,8 +119,9 @@ class _Column(NamedTuple):
 
 def _column(of_each: Iterable[dict[str, Any]], name: str) -> _Column:
     dicts = list(map(itemgetter(name), of_each))
+    lengths = list(map(len, dicts))
+    if not any(lengths):  # leaves have no modules, and most no buffers
+        return _Column(lengths, [], [], [])
     values = list(chain.from_iterable(map(methodcaller("values"), dicts)))
     is_there = list(map(is_not, values, repeat(None)))
-    return _Column(
-        list(map(len, dicts)), list(chain.from_iterable(dicts)), is_there, list(compress(values, is_there))
-    )
+    return _Column(lengths, list(chain.from_iterable(dicts)), is_there, list(compress(values, is_there)))
