@@ -259,7 +259,7 @@ def _many_tensors(document: dict[str, Any]) -> list[str]:
         ),
         _cannot_run(document),
         "### Where the time of a save goes\n",
-        _HOW_PHASES,
+        "As in stall: what blocked, and the time from the call to each phase.\n",
         *(
             f"{scale['leaves']:,} leaves:\n\n{_phases(_with_phases(scale, document['rows']))}"
             for scale in document["sizes"]
