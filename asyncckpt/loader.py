@@ -63,7 +63,7 @@ class Resume:
             ranks saved the step.
         phases: seconds from the beginning of the load until each phase was reached: listed (files are known,
             and what they must be), parsed (what is no tensor was read), matched (every tensor has a place in
-            live memory), read (all bytes are there and were checked), applied.
+            live memory), read (all bytes are there; checked, where they can be), applied.
     """
 
     step: int

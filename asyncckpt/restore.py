@@ -87,7 +87,7 @@ class StepFiles:
         """
         if self.entries and self._all_here and self._early is None:
             batch, _, _ = _batch(self, {name: _FileReads() for name in self.entries}, (0, 1))
-            with contextlib.suppress(ValueError):  # the pass itself will say what it is
+            with contextlib.suppress(ValueError, RuntimeError):  # the pass itself will say what it is
                 self._early = _native.EarlyReading(batch, _THREADS, True)
 
     def take_early(self) -> _native.EarlyReading | None:
@@ -593,6 +593,11 @@ def _run(files: StepFiles, wanted: Mapping[str, _FileReads], share: tuple[int, i
         raise DeviceError(str(failure)) from failure
     except ValueError as problem:
         raise CorruptStepError(str(files.directory), str(problem)) from problem
+    except RuntimeError as problem:  # its threads cannot be made
+        raise LoadError(
+            f"reading {files.directory} with {threads} threads: {problem}; the step may be good, raise what "
+            f"this process may use"
+        ) from problem
     if error is not None:
         _raise(files, *error)
     if left:

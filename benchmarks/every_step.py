@@ -153,8 +153,10 @@ def _beside(workload: Workload, disk: RawDisk, nbytes: int, steps: int) -> float
         writing.add_done_callback(lambda _: prepared.set())  # also if it failed before
         prepared.wait()
         began_s = time.perf_counter()
-        workload.step()
-        first_step_over.set()
+        try:
+            workload.step()
+        finally:
+            first_step_over.set()  # the thread is waited for, whatever happens
         for _ in range(steps - 1):
             workload.step()
         writing.result()

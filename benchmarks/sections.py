@@ -37,8 +37,9 @@ time is out.
 """
 _HOW_PHASES = """
 What blocked, as measured and as `SaveReport` has it; then the time from the call to each phase. A call that
-takes longer than its thread was on a processor has waited; switches count how often it left the processor,
-and page faults how often memory was not there.
+takes longer than its thread was on a processor has waited (the two are told by different clocks, which need
+not agree to a per cent); switches count how often it left the processor, and page faults how often memory was
+not there.
 """
 _HOW_MANY_TENSORS = """
 **How.** Saves under training as above, of states that have about the same bytes in ever more leaves: four for

@@ -201,6 +201,23 @@ def test_saves_at_each_step_are_right_and_reported(results: Path) -> None:
     assert len(document["targets"]) == 2 * len(document["summary"])
 
 
+def test_a_step_that_fails_beside_raw_writes_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that waits for the first step to end does not wait for ever."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import every_step
+    from benchmarks.raw_disk import RawDisk
+
+    class Broken:
+        def step(self) -> None:
+            raise ArithmeticError("no step")
+
+    broken: Any = Broken()
+    with pytest.raises(ArithmeticError, match="no step"):
+        every_step._beside(broken, RawDisk(tmp_path), 4096, 2)
+
+
 def test_a_first_save_is_compared_with_later_ones_of_its_process(results: Path) -> None:
     document = json.loads((results / "first_save.json").read_text())
     assert [row["when"] for row in document["rows"]] == ["memory present", "at once"]

@@ -8,6 +8,8 @@ import logging
 import os
 import pickle
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -670,6 +672,36 @@ def test_what_this_process_may_not_do_is_no_damage(
         resume = checkpointer.load_latest()
         assert resume is not None
         assert resume.step == 2
+
+
+_NO_MORE_THREADS = """
+import resource, sys
+import torch
+from asyncckpt import AsyncCheckpointer
+from asyncckpt.errors import LoadError
+extra = {"weight": torch.ones(16 << 20)}  # more blocks than there are threads
+with AsyncCheckpointer(sys.argv[1], extra=extra, host_memory=64 << 20, layout=sys.argv[2]) as checkpointer:
+    checkpointer.save(1).wait()
+    checkpointer.save(2).wait()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as statm:
+        resource.setrlimit(resource.RLIMIT_AS, (int(statm.read().split()[0]) * 4096 + (20 << 20), limits[1]))
+    try:
+        checkpointer.load_latest()
+    except LoadError as error:
+        said = str(error)
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert "with 12 threads" in said and "raise what this process may use" in said, said
+    assert checkpointer.load_latest().step == 2
+"""
+
+
+@pytest.mark.parametrize("layout", ["dcp", "megatron"])
+def test_threads_that_cannot_be_had_are_no_damage(tmp_path: Path, layout: str) -> None:
+    """There is no room for the stacks of all."""
+    command = [sys.executable, "-c", _NO_MORE_THREADS, str(tmp_path), layout]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
