@@ -93,7 +93,7 @@ static_assert(fold_constant(512 + 32) == 0x0154442bd4 && fold_constant(512 - 32)
 static_assert(fold_constant(128 + 32) == 0x01751997d0 && fold_constant(128 - 32) == 0x00ccaa009e);
 static_assert(fold_constant(64) == 0x0163cd6124);
 
-// Takes a multiple of 16 bytes, at least 64. With kCopies, here and below, what was taken is also at `to`, past
+// Takes a multiple of 16 bytes, at least 16. With kCopies, here and below, what was taken is also at `to`, past
 // the cache; that is a multiple of 64 then.
 template <bool kCopies>
 __attribute__((target("pclmul,sse4.1"))) uint32_t update_clmul(uint32_t state, const uint8_t* data,
@@ -122,17 +122,21 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t update_clmul(uint32_t state, c
   };
 
   __m128i a = _mm_xor_si128(load(0), _mm_cvtsi32_si128(static_cast<int>(state)));
-  __m128i b = load(1), c = load(2), d = load(3);
-  advance(64);
-  for (; nbytes >= 64; advance(64)) {
-    a = fold(a, fold_512, load(0));
-    b = fold(b, fold_512, load(1));
-    c = fold(c, fold_512, load(2));
-    d = fold(d, fold_512, load(3));
+  if (nbytes < 64) {
+    advance(16);
+  } else {
+    __m128i b = load(1), c = load(2), d = load(3);
+    advance(64);
+    for (; nbytes >= 64; advance(64)) {
+      a = fold(a, fold_512, load(0));
+      b = fold(b, fold_512, load(1));
+      c = fold(c, fold_512, load(2));
+      d = fold(d, fold_512, load(3));
+    }
+    a = fold(a, fold_128, b);
+    a = fold(a, fold_128, c);
+    a = fold(a, fold_128, d);
   }
-  a = fold(a, fold_128, b);
-  a = fold(a, fold_128, c);
-  a = fold(a, fold_128, d);
   for (; nbytes >= 16; advance(16)) a = fold(a, fold_128, load(0));
 
   // 128 bits -> 64 -> 32 (Barrett reduction).
@@ -270,7 +274,7 @@ uint32_t crc32(uint32_t crc, const void* data, size_t nbytes) {
     bytes += taken_nbytes;
     nbytes -= taken_nbytes;
   }
-  if (nbytes >= 64 && has_clmul()) {
+  if (nbytes >= 16 && has_clmul()) {
     const size_t folded_nbytes = nbytes & ~size_t{15};
     state = update_clmul<false>(state, bytes, folded_nbytes, nullptr);
     bytes += folded_nbytes;
@@ -283,7 +287,7 @@ uint32_t crc32(uint32_t crc, const void* data, size_t nbytes) {
 uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
 #ifdef ASYNCCKPT_HAVE_CLMUL
   const size_t head_nbytes = -reinterpret_cast<uintptr_t>(to) % 64;
-  if (nbytes >= head_nbytes + 64 && has_clmul()) {
+  if (nbytes >= kStreamedNbytes && has_clmul()) {
     const auto* bytes = static_cast<const uint8_t*>(data);
     auto* target = static_cast<uint8_t*>(to);
     const auto advance = [&](size_t taken_nbytes) {
@@ -312,8 +316,8 @@ uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
     return crc;
   }
 #endif
-  streaming_copy(to, data, nbytes);
-  return crc32(crc, to, nbytes);
+  std::memcpy(to, data, nbytes);
+  return crc32(crc, data, nbytes);
 }
 
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b) {

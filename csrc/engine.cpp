@@ -513,7 +513,12 @@ void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling, unsigned copier
   auto extent = std::upper_bound(
       image.extents.begin(), image.extents.end(), begin,
       [](uint64_t offset, const Extent& e) { return offset < e.offset + e.nbytes; });
-  for (; extent != image.extents.end() && extent->offset < end; ++extent) {
+  const auto beyond = std::lower_bound(extent, image.extents.end(), end,
+                                       [](const Extent& e, uint64_t offset) { return e.offset < offset; });
+  chunk.pieces.reserve(static_cast<size_t>(beyond - extent));
+  copies.reserve(chunk.pieces.capacity());
+  copied.reserve(chunk.pieces.capacity());
+  for (; extent != beyond; ++extent) {
     const uint64_t from = std::max(begin, extent->offset);
     const uint64_t to = std::min(end, extent->offset + extent->nbytes);
     const uint64_t source_offset = extent->source_offset + (from - extent->offset);

@@ -14,16 +14,20 @@
 
 namespace asyncckpt {
 
+// Shorter copies go through the cache: what lies before and behind whole lines, and the fence, cost more than
+// is gained by not fetching what is overwritten.
+constexpr size_t kStreamedNbytes = 4096;
+
 inline void streaming_copy(void* target, const void* source, size_t nbytes) {
 #if defined(__x86_64__)
   constexpr size_t kLine = 64;
+  if (nbytes < kStreamedNbytes) {
+    std::memcpy(target, source, nbytes);
+    return;
+  }
   auto* to = static_cast<char*>(target);
   const auto* from = static_cast<const char*>(source);
   const size_t head_nbytes = -reinterpret_cast<uintptr_t>(to) % kLine;
-  if (nbytes < head_nbytes + kLine) {
-    std::memcpy(to, from, nbytes);
-    return;
-  }
   std::memcpy(to, from, head_nbytes);
   to += head_nbytes, from += head_nbytes, nbytes -= head_nbytes;
   for (; nbytes >= kLine; to += kLine, from += kLine, nbytes -= kLine) {
