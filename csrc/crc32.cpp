@@ -317,7 +317,7 @@ uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
   }
 #endif
   std::memcpy(to, data, nbytes);
-  return crc32(crc, data, nbytes);
+  return crc32(crc, to, nbytes);  // not of `data`: others may write to that meanwhile
 }
 
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b) {
