@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -181,6 +182,23 @@ def survey(
 
     Raises TypeError for other types, ValueError where a form is asked of what is not dense, and whatever the
     library raises of a tensor that has no address.
+    """
+
+def columns(
+    objects: list[Any], names: tuple[str, ...], absent: tuple[str, ...], empty: tuple[str, ...]
+) -> tuple[set[type], list[tuple[bytes, list[str], bytes, list[Any]]]] | None:
+    """Dictionaries that objects have in their own `__dict__`, as columns over all objects.
+
+    Args:
+        names: of these dictionaries.
+        absent, empty: what no object has, and what is empty in each; None comes back otherwise.
+
+    Returns:
+        The classes, and for each name: int64 lengths; all keys; for each key a byte, whether there is
+        something but None under it; and what is there.
+
+    Raises:
+        AttributeError: an object without a `__dict__`; KeyError: one that lacks such a dictionary.
     """
 
 def copy_is_checked() -> bool: ...

@@ -1,8 +1,9 @@
-"""What many tensors are in memory, without a call of python for each.
+"""What many tensors are in memory, and many modules in their dictionaries, without a call of python for each.
 
 Thousands of tensors are asked thrice in every save: where they are, whether they were written to, and whether
 they are what they were at the last save. By DLPack's table of C functions, which torch hangs on its tensors,
-that takes half a microsecond each, most of it waiting for memory; attribute by attribute, ten times as long.
+that takes a fifth of a microsecond each, if what is asked next is on its way from memory meanwhile; attribute
+by attribute, twenty times as long.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from . import _native
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 _EXCHANGE_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # not in torch 2.6
+
+
+columns = _native.columns
 
 
 class NotSurveyedError(Exception):

@@ -513,8 +513,9 @@ void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling, unsigned copier
   auto extent = std::upper_bound(
       image.extents.begin(), image.extents.end(), begin,
       [](uint64_t offset, const Extent& e) { return offset < e.offset + e.nbytes; });
-  const auto beyond = std::lower_bound(extent, image.extents.end(), end,
-                                       [](const Extent& e, uint64_t offset) { return e.offset < offset; });
+  const auto beyond =
+      std::lower_bound(extent, image.extents.end(), end,
+                       [](const Extent& e, uint64_t offset) { return e.offset < offset; });
   chunk.pieces.reserve(static_cast<size_t>(beyond - extent));
   copies.reserve(chunk.pieces.capacity());
   copied.reserve(chunk.pieces.capacity());

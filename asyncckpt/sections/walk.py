@@ -7,15 +7,17 @@ dictionaries hold, and those can be gone through level by level, each step over 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain, compress, repeat
-from operator import contains, is_not, itemgetter, methodcaller
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from ..survey import columns
+
 _DEPTH_MAX = 100  # levels; beyond that, a module may contain itself
 
+_DICTIONARIES = ("_modules", "_parameters", "_buffers")
 _METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks")
 
@@ -59,14 +61,13 @@ class Walker:
         buffers: list[torch.Tensor] = []
         level: list[nn.Module] = [self._root]
         while level:
-            of_each = list(map(vars, level))
-            if len(shape) > _DEPTH_MAX or not _are_plain(level, of_each):
+            found = columns(level, _DICTIONARIES, _METHODS, _HOOKS)
+            if found is None or len(shape) > _DEPTH_MAX or not _are_plain(found[0]):
                 return None
-            modules, own, volatile = (_column(of_each, f"_{what}") for what in _KINDS)
+            modules, own, volatile = (_Column(*column) for column in found[1])
             unsaved = [
-                (index, frozenset(module["_non_persistent_buffers_set"]))
-                for index, module in enumerate(of_each)
-                if module["_buffers"]
+                (index, frozenset(vars(level[index])["_non_persistent_buffers_set"]))
+                for index in np.flatnonzero(np.frombuffer(volatile.lengths, np.int64)).tolist()
             ]
             shape.append((modules[:3], own[:3], volatile[:3], unsaved))
             parameters += own.values
@@ -95,33 +96,15 @@ class Walker:
         return Names(tuple(parameters), tuple(buffers))
 
 
-def _are_plain(level: list[nn.Module], of_each: list[dict[str, Any]]) -> bool:
-    """Whether state_dict() of these modules is torch's own."""
-    kinds = set(map(type, level))
-    if not all(getattr(kind, name) is getattr(nn.Module, name) for kind in kinds for name in _METHODS):
-        return False
-    if any(any(map(contains, of_each, repeat(name))) for name in _METHODS):
-        return False
-    return not any(any(map(itemgetter(name), of_each)) for name in _HOOKS)
-
-
-_KINDS = ("modules", "parameters", "buffers")
+def _are_plain(kinds: Iterable[type]) -> bool:
+    """Whether state_dict() of modules of these classes is torch's own."""
+    return all(getattr(kind, name) is getattr(nn.Module, name) for kind in kinds for name in _METHODS)
 
 
 class _Column(NamedTuple):
-    """One of the dictionaries that each module has, over all modules of a level."""
+    """One of the dictionaries that each module has, over all modules of a level; see `survey.columns`."""
 
-    lengths: list[int]
+    lengths: bytes
     keys: list[str]
-    is_there: list[bool]  # whether there is something under a key
-    values: list[Any]  # what is there
-
-
-def _column(of_each: Iterable[dict[str, Any]], name: str) -> _Column:
-    dicts = list(map(itemgetter(name), of_each))
-    lengths = list(map(len, dicts))
-    if not any(lengths):  # leaves have no modules, and most no buffers
-        return _Column(lengths, [], [], [])
-    values = list(chain.from_iterable(map(methodcaller("values"), dicts)))
-    is_there = list(map(is_not, values, repeat(None)))
-    return _Column(lengths, list(chain.from_iterable(dicts)), is_there, list(compress(values, is_there)))
+    is_there: bytes
+    values: list[Any]
