@@ -43,7 +43,9 @@ from .shards import local_of
 from .shared import SHARED_BRANCH, is_slices, slices_path
 from .tree import Read, StoredPart, StoredTensor, UnparsedPart, rebuilt, unflatten
 
-_THREADS = 12  # more than the disk needs: while some check and copy, it must not wait for the others
+# More than the disk needs: while some check and copy, it must not wait for the others. But each has a buffer
+# to be found and cleared, and those that read ahead take the cores that find out where the bytes go.
+_THREADS = min(12, 1 + 2 * len(os.sched_getaffinity(0)))
 _THREADS_TO_DEVICES = 4  # these have two buffers each, which are pinned
 _BLOCK_NBYTES = 4 << 20  # of reads from files without a manifest
 _BLOCK_NBYTES_MAX = 1 << 30  # a manifest that asks for larger buffers is not believed

@@ -201,8 +201,29 @@ bool is_true(nb::handle value) {
 
 }  // namespace
 
+bool Known::has(size_t place, PyObject* tensor, uint64_t address) const {
+  if (place >= found_.size() || found_[place].second != address) return false;
+  PyObject* const reference = found_[place].first.ptr();
+  if (reference == nullptr) return false;
+#if PY_VERSION_HEX >= 0x030D0000
+  PyObject* there = nullptr;
+  if (PyWeakref_GetRef(reference, &there) < 0) throw nb::python_error();
+  const nb::object held = nb::steal(there);
+  return there == tensor;
+#else
+  return PyWeakref_GET_OBJECT(reference) == tensor;
+#endif
+}
+
+void Known::note(size_t place, PyObject* tensor, uint64_t address) {
+  nb::object reference = nb::steal(PyWeakref_NewRef(tensor, nullptr));
+  if (!reference.is_valid()) throw nb::python_error();
+  if (place >= found_.size()) found_.resize(place + 1);
+  found_[place] = {std::move(reference), address};
+}
+
 nb::object survey(nb::list tensors, nb::tuple types, nb::handle capsule, bool with_forms,
-                  bool with_storages) {
+                  bool with_storages, Known* known) {
   const dlpack::ExchangeApi* const api = exchange_api(capsule);
   if (api == nullptr || api->tensor_from_object == nullptr) return nb::none();
   const Kinds kinds(types);
@@ -221,13 +242,16 @@ nb::object survey(nb::list tensors, nb::tuple types, nb::handle capsule, bool wi
     prefetch(tensors, i, kinds);
     dlpack::Tensor seen;
     if (api->tensor_from_object(tensor, &seen) != 0) throw nb::python_error();
+    addresses[i] = reinterpret_cast<uintptr_t>(seen.data) + seen.byte_offset;
     if (with_forms) {
       const bool dense = append_form(seen, &forms);
       forms.push_back(requires_grad(tensor).is(nb::handle(Py_True)));
-      if (!dense || is_neg(tensor).is(nb::handle(Py_True)))  // DLPack does not say
-        throw nb::value_error("a tensor is not dense");
+      if (!dense) throw nb::value_error("a tensor is not dense");
+      if (known == nullptr || !known->has(i, tensor, addresses[i])) {  // DLPack does not say
+        if (is_neg(tensor).is(nb::handle(Py_True))) throw nb::value_error("a tensor is negated");
+        if (known != nullptr) known->note(i, tensor, addresses[i]);
+      }
     }
-    addresses[i] = reinterpret_cast<uintptr_t>(seen.data) + seen.byte_offset;
     versions[i] = number_of(version(tensor));
     if (with_storages) storages.append(untyped_storage(tensor));
   }

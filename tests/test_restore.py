@@ -677,7 +677,7 @@ def test_what_this_process_may_not_do_is_no_damage(
 _NO_MORE_THREADS = """
 import resource, sys
 import torch
-from asyncckpt import AsyncCheckpointer
+from asyncckpt import AsyncCheckpointer, restore
 from asyncckpt.errors import LoadError
 extra = {"weight": torch.ones(16 << 20)}  # more blocks than there are threads
 with AsyncCheckpointer(sys.argv[1], extra=extra, host_memory=64 << 20, layout=sys.argv[2]) as checkpointer:
@@ -691,7 +691,7 @@ with AsyncCheckpointer(sys.argv[1], extra=extra, host_memory=64 << 20, layout=sy
     except LoadError as error:
         said = str(error)
     resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert "with 12 threads" in said and "raise what this process may use" in said, said
+    assert f"with {restore._THREADS} threads" in said and "raise what this process may use" in said, said
     assert checkpointer.load_latest().step == 2
 """
 

@@ -266,6 +266,11 @@ def moment_that_is_negated_where_it_is(state: State) -> None:
         values["exp_avg"] = torch._neg_view(values["exp_avg"])  # type: ignore[attr-defined]
 
 
+def moment_whose_data_is_negated(state: State) -> None:
+    for values in state.optimizers["adam"].state.values():
+        values["exp_avg"].data = torch._neg_view(values["exp_avg"].clone())  # type: ignore[attr-defined]
+
+
 def moment_that_wants_a_gradient(state: State) -> None:
     for values in state.optimizers["adam"].state.values():
         values["exp_avg"].requires_grad_(True)
@@ -314,7 +319,8 @@ CHANGES = [
     module_in_an_empty_place, parameter_in_an_empty_place, buffer_added, buffer_saved_from_now_on,
     buffer_over_a_parameter, hook_added, state_dict_replaced, extra_state, moments_of_another_dtype,
     moment_that_is_python, moment_that_is_negated, moments_gone, one_moment_gone,
-    moment_that_is_negated_where_it_is, moment_that_wants_a_gradient, keys_that_are_numbers,
+    moment_that_is_negated_where_it_is, moment_whose_data_is_negated, moment_that_wants_a_gradient,
+    keys_that_are_numbers,
     group_added, rate_that_is_a_tensor, steps_another_order, extra_changed,
 ]  # fmt: skip
 
