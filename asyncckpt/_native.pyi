@@ -167,19 +167,12 @@ def device_crc32(driver: str, device: int, stream: int, address: int, nbytes: in
 def crc32_portable(data: bytes, crc: int = 0) -> int: ...
 def crc32_combine(crc_a: int, crc_b: int, nbytes_b: int) -> int: ...
 def crc32_kernel() -> str: ...
-
-class Known:
-    """Tensors that `survey` need not ask all of again; see csrc/survey.h."""
-
-    def __init__(self) -> None: ...
-
 def survey(
     tensors: list[torch.Tensor],
     kinds: tuple[type, ...],
     exchange_api: object,
     forms: bool = False,
     storages: bool = False,
-    known: Known | None = None,
 ) -> tuple[_UInt64, _Int64, bytes, list[torch.UntypedStorage]] | None:
     """Addresses and `_version` of tensors of exactly these types; if asked for, what they are, and storages.
 

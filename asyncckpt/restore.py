@@ -43,14 +43,18 @@ from .shards import local_of
 from .shared import SHARED_BRANCH, is_slices, slices_path
 from .tree import Read, StoredPart, StoredTensor, UnparsedPart, rebuilt, unflatten
 
-# More than the disk needs: while some check and copy, it must not wait for the others. But each has a buffer
-# to be found and cleared, and those that read ahead take the cores that find out where the bytes go.
-_THREADS = min(12, 1 + 2 * len(os.sched_getaffinity(0)))
+_THREADS_MAX = 12
 _THREADS_TO_DEVICES = 4  # these have two buffers each, which are pinned
 _BLOCK_NBYTES = 4 << 20  # of reads from files without a manifest
 _BLOCK_NBYTES_MAX = 1 << 30  # a manifest that asks for larger buffers is not believed
 _PAGE_NBYTES = 4096  # of the page cache, about
 _OPEN_MAX = 64  # files of a step open at once for parsing; thousands of ranks have more than a process may
+
+
+def _threads() -> int:
+    # More than the disk needs: while some check and copy, it must not wait for the others. But each has a
+    # buffer to be found and cleared, and those that read ahead take the cores that find out where bytes go.
+    return min(_THREADS_MAX, 1 + 2 * len(os.sched_getaffinity(0)))
 
 
 class StepFiles:
@@ -90,7 +94,7 @@ class StepFiles:
         if self.entries and self._all_here and self._early is None:
             batch, _, _ = _batch(self, {name: _FileReads() for name in self.entries}, (0, 1))
             with contextlib.suppress(ValueError, RuntimeError):  # the pass itself will say what it is
-                self._early = _native.EarlyReading(batch, _THREADS, True)
+                self._early = _native.EarlyReading(batch, _threads(), True)
 
     def take_early(self) -> _native.EarlyReading | None:
         """The pass that has begun, if one has; it is the caller's to finish, or to close."""
@@ -582,7 +586,7 @@ def _run(files: StepFiles, wanted: Mapping[str, _FileReads], share: tuple[int, i
     """One native pass over all files; more only where stored tensors overlap each other."""
     batch, used, left = _batch(files, wanted, share)
     streams = devices.current_streams(used - {devices.HOST})
-    threads = _THREADS_TO_DEVICES if streams else _THREADS
+    threads = _THREADS_TO_DEVICES if streams else _threads()
     early = files.take_early()
     try:
         if early is not None and not streams:

@@ -46,7 +46,7 @@ from .sections.optimizer import OptimizerSection
 from .sections.values import ValueSection
 from .shards import local_of
 from .shared import SHARED_BRANCH
-from .survey import Known, NotSurveyedError, is_among, survey
+from .survey import NotSurveyedError, is_among, survey
 from .tree import Matching, StateTree, Steady, Structure
 
 
@@ -93,7 +93,6 @@ class TrainingState:
         }
         self.sections: dict[str, Section] = dict(self.models)
         self.capture_s: dict[str, float] = {}
-        self._known = Known()
         # Of the last look: names of its parts, and what they came to.
         self._looked: tuple[list[tuple[str, tuple[str, ...]]], Structure | None] = ([], None)
         names: dict[torch.Tensor, str] = {}
@@ -157,7 +156,7 @@ class TrainingState:
         parts = [(f"{name}.{part.prefix}", part) for name, one in branches.items() for part in one.parts]
         tensors = [tensor for _, part in parts for tensor in part.tensors]
         try:
-            found_all = survey(tensors, forms=True, storages=True, known=self._known)
+            found_all = survey(tensors, forms=True, storages=True)
         except NotSurveyedError:
             return Look(looked_s, branches, None)
         volatile = {local_of(one).data_ptr() for branch in branches.values() for one in branch.volatile}

@@ -23,8 +23,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 _EXCHANGE_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # not in torch 2.6
 
 
-Known = _native.Known
-columns = _native.columns
+columns = _native.columns  # of modules
 
 
 class NotSurveyedError(Exception):
@@ -48,22 +47,13 @@ class Survey(NamedTuple):
     storages: list[torch.UntypedStorage]
 
 
-def survey(
-    tensors: Sequence[torch.Tensor],
-    *,
-    forms: bool = False,
-    storages: bool = False,
-    known: Known | None = None,
-) -> Survey:
+def survey(tensors: Sequence[torch.Tensor], *, forms: bool = False, storages: bool = False) -> Survey:
     """Look at plain tensors.
 
     Args:
         forms: also say what they are. All must be dense then: contiguous, not complex, and no negation of
             what is in memory.
         storages: hold them.
-        known: which of them were here at the last survey with it, at the same address. Those are not asked
-            anew whether they are negated, which takes as long as all else: they can be that meanwhile only by
-            `tensor.data = torch._neg_view(tensor.data)`.
 
     Raises:
         NotSurveyedError: see there.
@@ -71,7 +61,7 @@ def survey(
     if _EXCHANGE_API is None:
         raise NotSurveyedError
     try:
-        found = _native.survey(list(tensors), PLAIN, _EXCHANGE_API, forms, storages, known)
+        found = _native.survey(list(tensors), PLAIN, _EXCHANGE_API, forms, storages)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         raise NotSurveyedError from error
     if found is None:

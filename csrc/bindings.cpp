@@ -426,9 +426,8 @@ NB_MODULE(_native, m) {
   m.def("crc32_combine", &crc32_combine, "crc_a"_a, "crc_b"_a, "nbytes_b"_a);
   m.def("crc32_kernel", &crc32_kernel);
   m.def("copy_is_checked", &HostCopies::is_checked);
-  nb::class_<Known>(m, "Known").def(nb::init<>());
   m.def("survey", &survey, "tensors"_a, "kinds"_a, "exchange_api"_a, "forms"_a = false,
-        "storages"_a = false, "known"_a.none() = nb::none());
+        "storages"_a = false);
   m.def("columns", &columns, "objects"_a, "names"_a, "absent"_a, "empty"_a);
 
   nb::module_ f = m.def_submodule("faults", "Faults on demand, for tests.");

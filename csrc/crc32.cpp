@@ -286,8 +286,7 @@ uint32_t crc32(uint32_t crc, const void* data, size_t nbytes) {
 
 uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
 #ifdef ASYNCCKPT_HAVE_CLMUL
-  const size_t head_nbytes = -reinterpret_cast<uintptr_t>(to) % 64;
-  if (nbytes >= kStreamedNbytes && has_clmul()) {
+  if (nbytes >= kStreamedNbytesMin && has_clmul()) {
     const auto* bytes = static_cast<const uint8_t*>(data);
     auto* target = static_cast<uint8_t*>(to);
     const auto advance = [&](size_t taken_nbytes) {
@@ -298,8 +297,8 @@ uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
       crc = crc32(crc, target, taken_nbytes);
       advance(taken_nbytes);
     };
-    copy_plainly(head_nbytes);
-    if (nbytes >= 512 && (has_wide() || has_double())) {
+    copy_plainly(-reinterpret_cast<uintptr_t>(to) % 64);
+    if (has_wide() || has_double()) {
       uint8_t lanes[64];
       const auto update = has_wide() ? update_wide<true> : update_double<true>;
       const size_t taken_nbytes = update(~crc, bytes, nbytes, lanes, target);

@@ -516,9 +516,10 @@ void Engine::fill(Job& job, Job::Chunk& chunk, Filling& filling, unsigned copier
   const auto beyond =
       std::lower_bound(extent, image.extents.end(), end,
                        [](const Extent& e, uint64_t offset) { return e.offset < offset; });
-  chunk.pieces.reserve(static_cast<size_t>(beyond - extent));
-  copies.reserve(chunk.pieces.capacity());
-  copied.reserve(chunk.pieces.capacity());
+  const auto pieces = static_cast<size_t>(beyond - extent);
+  chunk.pieces.reserve(pieces);
+  copies.reserve(pieces);
+  copied.reserve(pieces);
   for (; extent != beyond; ++extent) {
     const uint64_t from = std::max(begin, extent->offset);
     const uint64_t to = std::min(end, extent->offset + extent->nbytes);

@@ -16,12 +16,12 @@ namespace asyncckpt {
 
 // Shorter copies go through the cache: what lies before and behind whole lines, and the fence, cost more than
 // is gained by not fetching what is overwritten.
-constexpr size_t kStreamedNbytes = 4096;
+constexpr size_t kStreamedNbytesMin = 4096;
 
 inline void streaming_copy(void* target, const void* source, size_t nbytes) {
 #if defined(__x86_64__)
   constexpr size_t kLine = 64;
-  if (nbytes < kStreamedNbytes) {
+  if (nbytes < kStreamedNbytesMin) {
     std::memcpy(target, source, nbytes);
     return;
   }

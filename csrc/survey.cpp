@@ -28,44 +28,78 @@ const dlpack::ExchangeApi* exchange_api(nb::handle capsule) {
   return reinterpret_cast<const dlpack::ExchangeApi*>(header);
 }
 
-// An attribute or a method without arguments of the library's own type, looked up once: its C function takes
-// a fraction of the time that finding it anew for each of thousands of tensors does.
-class Asked {
+// The types that objects are asked to have, exactly.
+class Types {
  public:
-  Asked(nb::handle kind, const char* name)
-      : name_(nb::steal(PyUnicode_InternFromString(name))),
-        found_(nb::steal(PyObject_GetAttr(kind.ptr(), name_.ptr()))) {
-    if (!found_.is_valid()) throw nb::python_error();
-    if (Py_TYPE(found_.ptr()) == &PyGetSetDescr_Type) {
-      getter_ = reinterpret_cast<PyGetSetDescrObject*>(found_.ptr())->d_getset;
-    } else if (Py_TYPE(found_.ptr()) == &PyMethodDescr_Type) {
-      const PyMethodDef* const method =
-          reinterpret_cast<PyMethodDescrObject*>(found_.ptr())->d_method;
-      if (method->ml_flags == METH_NOARGS) method_ = method->ml_meth;
-      is_method_ = true;
+  explicit Types(nb::tuple types) : types_(std::move(types)) {
+    if (types_.size() == 0) throw nb::value_error("no types of tensors");
+  }
+  bool have(const PyObject* object) const {
+    for (nb::handle type : types_)
+      if (reinterpret_cast<PyTypeObject*>(type.ptr()) == Py_TYPE(object)) return true;
+    return false;
+  }
+  // What all of them have under a name, if that is one and the same C function for objects of their kind.
+  nb::object shared(nb::handle name, const PyTypeObject* descriptor) const {
+    nb::object found;
+    for (nb::handle type : types_) {
+      nb::object one = nb::steal(PyObject_GetAttr(type.ptr(), name.ptr()));
+      if (!one.is_valid()) throw nb::python_error();
+      if (Py_TYPE(one.ptr()) != descriptor || (found.is_valid() && !found.is(one))) return {};
+      auto* const of = reinterpret_cast<PyDescrObject*>(one.ptr())->d_type;
+      if (!PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(type.ptr()), of)) return {};
+      found = std::move(one);
     }
+    return found;
   }
 
-  // Of an object of that kind.
+ private:
+  nb::tuple types_;
+};
+
+// An attribute of objects of these types. Where it is torch's own, its C function is looked up once: to find it
+// anew for each of thousands of tensors takes longer than the function does.
+class Attribute {
+ public:
+  Attribute(const Types& types, const char* name)
+      : name_(nb::steal(PyUnicode_InternFromString(name))),
+        found_(types.shared(name_, &PyGetSetDescr_Type)) {}
+
   nb::object operator()(PyObject* object) const {
-    const nb::object answer = nb::steal(ask(object));
+    const PyGetSetDef* const own =
+        found_.is_valid() ? reinterpret_cast<PyGetSetDescrObject*>(found_.ptr())->d_getset
+                          : nullptr;
+    const nb::object answer =
+        nb::steal(own != nullptr && own->get != nullptr ? own->get(object, own->closure)
+                                                        : PyObject_GetAttr(object, name_.ptr()));
     if (!answer.is_valid()) throw nb::python_error();
     return answer;
   }
 
  private:
-  PyObject* ask(PyObject* object) const {
-    if (getter_ != nullptr && getter_->get != nullptr)
-      return getter_->get(object, getter_->closure);
-    if (method_ != nullptr) return method_(object, nullptr);
-    if (is_method_) return PyObject_CallMethodNoArgs(object, name_.ptr());
-    return PyObject_GetAttr(object, name_.ptr());
+  nb::object name_, found_;
+};
+
+// The same for a method without arguments.
+class Method {
+ public:
+  Method(const Types& types, const char* name)
+      : name_(nb::steal(PyUnicode_InternFromString(name))),
+        found_(types.shared(name_, &PyMethodDescr_Type)) {}
+
+  nb::object operator()(PyObject* object) const {
+    const PyMethodDef* const own =
+        found_.is_valid() ? reinterpret_cast<PyMethodDescrObject*>(found_.ptr())->d_method
+                          : nullptr;
+    const nb::object answer = nb::steal(own != nullptr && own->ml_flags == METH_NOARGS
+                                            ? own->ml_meth(object, nullptr)
+                                            : PyObject_CallMethodNoArgs(object, name_.ptr()));
+    if (!answer.is_valid()) throw nb::python_error();
+    return answer;
   }
 
+ private:
   nb::object name_, found_;
-  const PyGetSetDef* getter_ = nullptr;
-  PyCFunction method_ = nullptr;
-  bool is_method_ = false;
 };
 
 int64_t number_of(const nb::object& answer) {
@@ -96,43 +130,49 @@ bool append_form(const dlpack::Tensor& tensor, std::vector<int64_t>* forms) {
   return dense;
 }
 
-// The types that objects are asked to have, exactly.
-struct Kinds {
-  explicit Kinds(nb::tuple kinds) {
-    for (nb::handle kind : kinds)
-      known.push_back(reinterpret_cast<const PyTypeObject*>(kind.ptr()));
-  }
-  bool have(const PyObject* object) const {
-    return std::find(known.begin(), known.end(), Py_TYPE(object)) != known.end();
-  }
-  std::vector<const PyTypeObject*> known;
-};
+// What the first word behind an object's head is, if that is where torch keeps the address of what the object
+// stands for; null otherwise.
+const char* body_of(PyObject* object) {
+  const char* body = nullptr;
+  if (Py_TYPE(object)->tp_basicsize >= static_cast<Py_ssize_t>(sizeof(PyObject) + sizeof(body)))
+    std::memcpy(&body, object + 1, sizeof(body));
+  return body;
+}
 
-// What is looked at next is on its way from memory meanwhile, a step deeper each time: the object, what its
-// first word points to, and what the first words of that point to (its memory, its version). Words that are
-// no addresses do no harm; of an object that is none of the known kinds, nothing is read.
-void prefetch(nb::list objects, size_t index, const Kinds& kinds) {
+// What is looked at next is on its way from memory meanwhile, a step deeper each time: the object, its body, and
+// what the first words of that point to (its memory, its version). A word that is prefetched may be anything;
+// bodies alone are read, where `has_bodies` says that there are any.
+void prefetch(nb::list objects, size_t index, const Types& types, bool has_bodies) {
   constexpr size_t kAhead = 8, kBody = 4 * kLine, kFirst = 2, kLast = 6;
   const size_t count = objects.size();
   const auto at = [&](size_t place) {
     return PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(place));
   };
   const auto body_at = [&](size_t place) {
-    const char* body = nullptr;
-    if (place < count && kinds.have(at(place)) &&
-        Py_TYPE(at(place))->tp_basicsize >=
-            static_cast<Py_ssize_t>(sizeof(PyObject) + sizeof(body)))
-      std::memcpy(&body, at(place) + 1, sizeof(body));
-    return body;
+    return place < count && types.have(at(place)) ? body_of(at(place)) : nullptr;
   };
   if (index + 3 * kAhead < count) __builtin_prefetch(at(index + 3 * kAhead));
+  if (!has_bodies) return;
   if (const char* const body = body_at(index + 2 * kAhead))
     for (size_t offset = 0; offset < kBody; offset += kLine) __builtin_prefetch(body + offset);
   if (const char* const body = body_at(index + kAhead)) {
-    const char* words[kLast];
-    std::memcpy(words, body, sizeof(words));
-    for (size_t word = kFirst; word < kLast; ++word) __builtin_prefetch(words[word]);
+    const char* words[kLast - kFirst];  // the first two are its type and its count of references
+    std::memcpy(words, body + kFirst * sizeof(char*), sizeof(words));
+    for (const char* word : words) __builtin_prefetch(word);
   }
+}
+
+// Whether that is the layout of these objects: torch says the address of one's body itself. Up to torch 2.9 it is
+// another.
+bool have_bodies(nb::list objects, const Types& types) {
+  if (objects.size() == 0) return false;
+  PyObject* const first = PyList_GET_ITEM(objects.ptr(), 0);
+  if (!types.have(first)) return false;
+  const nb::object said = nb::steal(PyObject_GetAttrString(first, "_cdata"));
+  if (!said.is_valid()) throw nb::python_error();
+  const void* const body = PyLong_AsVoidPtr(said.ptr());
+  if (body == nullptr && PyErr_Occurred()) throw nb::python_error();
+  return body == body_of(first);
 }
 
 // ---- columns ------------------------------------------------------------------------------------
@@ -164,6 +204,8 @@ struct Column {
       length = PyDict_GET_SIZE(dict.ptr());
       PyObject *key = nullptr, *value = nullptr;
       for (Py_ssize_t place = 0; PyDict_Next(dict.ptr(), &place, &key, &value);) append(key, value);
+    } else if (!PyDict_Check(dict.ptr())) {
+      throw nb::type_error("not a dictionary");
     } else {  // it may have an order of its own
       const nb::list items = nb::steal<nb::list>(PyMapping_Items(dict.ptr()));
       if (!items.is_valid()) throw nb::python_error();
@@ -201,35 +243,14 @@ bool is_true(nb::handle value) {
 
 }  // namespace
 
-bool Known::has(size_t place, PyObject* tensor, uint64_t address) const {
-  if (place >= found_.size() || found_[place].second != address) return false;
-  PyObject* const reference = found_[place].first.ptr();
-  if (reference == nullptr) return false;
-#if PY_VERSION_HEX >= 0x030D0000
-  PyObject* there = nullptr;
-  if (PyWeakref_GetRef(reference, &there) < 0) throw nb::python_error();
-  const nb::object held = nb::steal(there);
-  return there == tensor;
-#else
-  return PyWeakref_GET_OBJECT(reference) == tensor;
-#endif
-}
-
-void Known::note(size_t place, PyObject* tensor, uint64_t address) {
-  nb::object reference = nb::steal(PyWeakref_NewRef(tensor, nullptr));
-  if (!reference.is_valid()) throw nb::python_error();
-  if (place >= found_.size()) found_.resize(place + 1);
-  found_[place] = {std::move(reference), address};
-}
-
-nb::object survey(nb::list tensors, nb::tuple types, nb::handle capsule, bool with_forms,
-                  bool with_storages, Known* known) {
+nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool with_forms,
+                  bool with_storages) {
   const dlpack::ExchangeApi* const api = exchange_api(capsule);
   if (api == nullptr || api->tensor_from_object == nullptr) return nb::none();
-  const Kinds kinds(types);
-  if (kinds.known.empty()) throw nb::value_error("no kinds of tensors");
-  const Asked version(types[0], "_version"), requires_grad(types[0], "requires_grad"),
-      is_neg(types[0], "is_neg"), untyped_storage(types[0], "untyped_storage");
+  const Types types(kinds);
+  const Attribute version(types, "_version"), requires_grad(types, "requires_grad");
+  const Method is_neg(types, "is_neg"), untyped_storage(types, "untyped_storage");
+  const bool has_bodies = have_bodies(tensors, types);
   const size_t count = tensors.size();
   auto addresses = std::make_unique<uint64_t[]>(count);
   auto versions = std::make_unique<int64_t[]>(count);
@@ -238,19 +259,16 @@ nb::object survey(nb::list tensors, nb::tuple types, nb::handle capsule, bool wi
   nb::list storages;
   for (size_t i = 0; i < count; ++i) {
     PyObject* const tensor = PyList_GET_ITEM(tensors.ptr(), static_cast<Py_ssize_t>(i));
-    if (!kinds.have(tensor)) throw nb::type_error("not one of these kinds of tensors");
-    prefetch(tensors, i, kinds);
+    if (!types.have(tensor)) throw nb::type_error("not one of these kinds of tensors");
+    prefetch(tensors, i, types, has_bodies);
     dlpack::Tensor seen;
     if (api->tensor_from_object(tensor, &seen) != 0) throw nb::python_error();
     addresses[i] = reinterpret_cast<uintptr_t>(seen.data) + seen.byte_offset;
     if (with_forms) {
       const bool dense = append_form(seen, &forms);
       forms.push_back(requires_grad(tensor).is(nb::handle(Py_True)));
-      if (!dense) throw nb::value_error("a tensor is not dense");
-      if (known == nullptr || !known->has(i, tensor, addresses[i])) {  // DLPack does not say
-        if (is_neg(tensor).is(nb::handle(Py_True))) throw nb::value_error("a tensor is negated");
-        if (known != nullptr) known->note(i, tensor, addresses[i]);
-      }
+      if (!dense || is_neg(tensor).is(nb::handle(Py_True)))  // DLPack does not say
+        throw nb::value_error("a tensor is not dense");
     }
     versions[i] = number_of(version(tensor));
     if (with_storages) storages.append(untyped_storage(tensor));
@@ -267,13 +285,15 @@ nb::object columns(nb::list objects, nb::tuple names, nb::tuple absent, nb::tupl
   if (!kinds.is_valid()) throw nb::python_error();
   std::vector<Column> found(names.size());
   const PyTypeObject* latest = nullptr;
+  std::vector<nb::object> held, dicts, inner;  // held: what is asked below may run anything
   for (size_t begin = 0; begin < objects.size(); begin += kTogether) {
     const size_t end = std::min(begin + kTogether, objects.size());
-    // Held: what is asked below may run anything.
-    std::vector<nb::object> held, dicts, inner;
+    held.clear(), dicts.clear(), inner.clear();
     for (size_t i = begin; i < end; ++i) {
       held.push_back(nb::borrow(PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i))));
-      prefetch_lines(reinterpret_cast<const char*>(held.back().ptr()) - kLine, 2);
+      // Since python 3.11 the address of its dictionary lies before the object.
+      prefetch_lines(
+          reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(held.back().ptr()) - kLine), 2);
     }
     for (const nb::object& object : held) {
       dicts.push_back(nb::steal(PyObject_GenericGetDict(object.ptr(), nullptr)));

@@ -344,8 +344,9 @@ def test_crc_kernels_agree_with_zlib(nbytes: int) -> None:
 def test_copying_while_checksumming() -> None:
     rng = np.random.default_rng(2)
     source = rng.integers(0, 256, 9000, dtype=np.uint8)
-    sizes = [0, 1, 63, 64, 65, 127, 511, 512, 513, 575, 576, 640, 1023, 1024, 4096, 8191]
-    for nbytes in sizes:
+    short = [0, 1, 15, 16, 17, 63, 64, 65, 127, 511, 512, 513, 575, 576, 640, 1023, 1024, 4095]
+    long = [4096 + more for more in (0, 1, 15, 16, 17, 63, 64, 65, 79, 80, 127, 128, 191, 255, 256, 257)]
+    for nbytes in [*short, *long, 8191]:
         for from_offset, to_offset in [(0, 0), (1, 0), (0, 1), (63, 17), (5, 64)]:
             target = np.full(9000, 0xA5, dtype=np.uint8)
             begin = to_offset + -target.ctypes.data % 64
@@ -359,11 +360,11 @@ def test_copying_while_checksumming() -> None:
 
 def test_the_checksum_is_of_what_was_copied() -> None:
     """Not of what the source was a moment before: somebody may write to it at any time."""
-    source = np.zeros(4096, dtype=np.uint8)
-    target = np.zeros(8192, dtype=np.uint8)
+    source = np.zeros(8192, dtype=np.uint8)
+    target = np.zeros(8192 + 64, dtype=np.uint8)
     done = threading.Event()
     # All of it written thousands of times in one call, during which the GIL is free.
-    often = np.lib.stride_tricks.as_strided(source, shape=(5000, 2, 4096), strides=(0, 0, 1))
+    often = np.lib.stride_tricks.as_strided(source, shape=(5000, 2, 8192), strides=(0, 0, 1))
     values = np.array([[0], [0xFF]], dtype=np.uint8)
 
     def write() -> None:
@@ -374,7 +375,7 @@ def test_the_checksum_is_of_what_was_copied() -> None:
     writer.start()
     try:
         for turn in range(20_000):
-            begin, nbytes = turn % 64, 1 + turn % 4032
+            begin, nbytes = turn % 64, 1 + turn % 8192
             got = _native.crc32_copy(target.ctypes.data + begin, source.ctypes.data, nbytes, 0)
             assert got == zlib.crc32(target[begin : begin + nbytes])
     finally:

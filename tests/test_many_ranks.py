@@ -580,7 +580,7 @@ def test_tied_weights_with_fewer_rows_than_ranks(world: World, tmp_path: Path) -
 def load_with_few_descriptors(talk: Talk, rank: int, root: Path) -> tuple[int, bool]:
     """One process reads the files of many ranks; it may open fewer at once than there are."""
     restore._OPEN_MAX = 2  # by the parser, and each thread of the pass has one
-    restore._THREADS = 2
+    restore._THREADS_MAX = 2
     weight = torch.zeros(2050, 1024)
     model = nn.Module()
     model.register_parameter("weight", nn.Parameter(weight, requires_grad=False))

@@ -691,7 +691,7 @@ with AsyncCheckpointer(sys.argv[1], extra=extra, host_memory=64 << 20, layout=sy
     except LoadError as error:
         said = str(error)
     resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert f"with {restore._THREADS} threads" in said and "raise what this process may use" in said, said
+    assert f"with {restore._threads()} threads" in said and "raise what this process may use" in said, said
     assert checkpointer.load_latest().step == 2
 """
 

@@ -523,3 +523,24 @@ def test_modules_that_say_themselves_what_their_state_is_are_left_to_it() -> Non
     hooked.register_state_dict_pre_hook(lambda *_: None)
     for module in (Own(2, 2), nn.Sequential(nn.Linear(2, 2), Own(2, 2)), contains_itself, no_module, hooked):
         assert Walker(module).walk() is None
+
+
+def test_parameters_and_moments_may_be_swapped_between_saves(tmp_path: Path) -> None:
+    """Torch refuses that for tensors to which there are weak references."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with AsyncCheckpointer(tmp_path, model=model, optimizer=optimizer) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step).wait()
+        for parameter, values in optimizer.state.items():
+            torch.utils.swap_tensors(parameter, nn.Parameter(torch.full_like(parameter, 7.0)))
+            torch.utils.swap_tensors(values["exp_avg"], torch.full_like(values["exp_avg"], 8.0))
+        checkpointer.save(3).wait()
+        with torch.no_grad():
+            model[0].weight.zero_()
+        checkpointer.load(3)
+    assert (model[0].weight == 7).all()
+    assert all((values["exp_avg"] == 8).all() for values in optimizer.state.values())

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from asyncckpt.survey import Known, NotSurveyedError, columns, survey
+from asyncckpt.sections.walk import Walker
+from asyncckpt.survey import NotSurveyedError, columns, survey
 
 
 def with_dictionaries(count: int) -> list[Any]:
@@ -86,29 +87,57 @@ def test_what_is_no_tensor_is_refused_and_not_looked_into(place: int, odd: objec
         survey(tensors)
 
 
-@pytest.mark.parametrize("kind", ["another", "the same, elsewhere"])
-def test_known_tensors_are_asked_again_if_they_may_be_negated(kind: str) -> None:
-    tensors = [torch.ones(2) for _ in range(40)]
-    known = Known()
-    survey(tensors, forms=True, known=known)
-    survey(tensors, forms=True, known=known)
-    negated = torch._neg_view(torch.ones(2))  # type: ignore[attr-defined]
-    if kind == "another":
-        tensors[20] = negated
-    else:
-        tensors[20].data = negated
-    with pytest.raises(NotSurveyedError):
-        survey(tensors, forms=True, known=known)
+PATCHES: dict[str, Any] = {
+    "_version": property(lambda self: 7),
+    "requires_grad": property(lambda self: True),
+    "is_neg": lambda self: True,
+    "untyped_storage": lambda self: "a storage",
+}
 
 
-def test_known_tensors_are_not_held() -> None:
-    known = Known()
-    for turn in range(50):  # new ones are where the old ones were
-        tensors = [torch.full((2,), float(turn)) for _ in range(40)]
-        survey(tensors, forms=True, known=known)
-        tensors[turn % 40] = torch._neg_view(tensors[turn % 40])  # type: ignore[attr-defined]
+@pytest.mark.parametrize("kind", [torch.Tensor, torch.nn.Parameter])
+@pytest.mark.parametrize("name", PATCHES)
+def test_what_somebody_put_in_place_of_torchs_own_is_asked(
+    monkeypatch: pytest.MonkeyPatch, kind: type, name: str
+) -> None:
+    """On either class; also where it is a function and torch's is none."""
+    tensors = [torch.nn.Parameter(torch.zeros(2), requires_grad=False) for _ in range(20)]
+    before = survey(tensors, forms=True, storages=True)
+    monkeypatch.setattr(kind, name, PATCHES[name])
+    if name == "is_neg":
         with pytest.raises(NotSurveyedError):
-            survey(tensors, forms=True, known=known)
+            survey(tensors, forms=True)
+        return
+    found = survey(tensors, forms=True, storages=True)
+    assert found.addresses.tolist() == before.addresses.tolist()
+    assert (found.versions == 7).all() == (name == "_version")
+    assert (found.forms != before.forms) == (name == "requires_grad")
+    assert (found.storages == ["a storage"] * 20) == (name == "untyped_storage")
+
+
+def test_modules_that_are_not_pythons_say_themselves_what_they_hold() -> None:
+    scripted = torch.jit.script(torch.nn.Linear(2, 2))
+    assert Walker(torch.nn.Sequential(torch.nn.Linear(2, 2))).walk() is not None
+    assert Walker(scripted).walk() is None
+    assert Walker(torch.nn.Sequential(scripted)).walk() is None
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_module_that_contains_itself_is_no_walk(times: int) -> None:
+    outer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    for index in range(times):
+        outer[0].add_module(f"again{index}", outer)
+    assert Walker(outer).walk() is None
+
+
+def test_a_module_that_is_there_many_times_is_one() -> None:
+    shared, model = torch.nn.Linear(2, 2), torch.nn.Sequential()
+    for _ in range(12):
+        model = torch.nn.Sequential(model)
+    model.append(torch.nn.Sequential(*(shared for _ in range(100))))
+    walk = Walker(model).walk()
+    assert walk is not None
+    assert len(walk.parameters) == 200
 
 
 def test_nothing_keeps_a_reference() -> None:
@@ -116,10 +145,9 @@ def test_nothing_keeps_a_reference() -> None:
     objects = with_dictionaries(40)
     for one in objects:
         one.own["tensor"] = tensors[0]
-    known = Known()
 
     def ask() -> None:
-        survey(tensors, forms=True, storages=True, known=known)
+        survey(tensors, forms=True, storages=True)
         columns(objects, ("own",), ("absent",), ("hooks",))
         with pytest.raises(KeyError):
             columns(objects, ("own", "another"), (), ())

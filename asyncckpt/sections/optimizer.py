@@ -21,7 +21,8 @@ class _Seen(NamedTuple):
     Attributes:
         shape: what it looked like.
         params: names of what is stepped, by group.
-        alive: the same tensors, as long as they are: what is at their addresses then is them.
+        alive: those of them that nobody else here holds, as long as they are: what is at their addresses then
+            is them. No others: torch does not swap tensors to which there are weak references.
         names: of the tensors of the state.
         tensors: their places among all values.
         others: (place, parameter, key) of the other values; no key where there is none.
@@ -58,7 +59,7 @@ class OptimizerSection:
             return None
         keys = list(chain.from_iterable(values))
         owned = list(chain.from_iterable(map(dict.values, values)))
-        # Of parameters, the addresses of the objects do, while they are alive.
+        # Of parameters, the addresses of the objects do, while they are alive; those with names always are.
         shape = (
             [list(map(id, group)) for group in params],
             list(map(id, self.optimizer.state)),
@@ -114,7 +115,7 @@ class OptimizerSection:
         return _Seen(
             shape,
             [[called[param] for param in group] for group in params],
-            [weakref.ref(param) for group in params for param in group],
+            [weakref.ref(param) for group in params for param in group if param not in self._names],
             tuple(names),
             tensors,
             others,

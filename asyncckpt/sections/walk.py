@@ -15,7 +15,10 @@ from torch import nn
 
 from ..survey import columns
 
-_DEPTH_MAX = 100  # levels; beyond that, a module may contain itself
+# A module may contain itself: then there are ever more levels; if it does twice, ever more modules on each.
+_DEPTH_MAX = 100
+_DEPTH = 10
+_REPEATED_MAX = 16
 
 _DICTIONARIES = ("_modules", "_parameters", "_buffers")
 _METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
@@ -73,6 +76,8 @@ class Walker:
             parameters += own.values
             buffers += volatile.values
             level = modules.values
+            if len(shape) >= _DEPTH and len(level) > _REPEATED_MAX * len(set(map(id, level))):
+                return None
         return Walk(tuple(shape), parameters, buffers)
 
     def names(self) -> Names:
