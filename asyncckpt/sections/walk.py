@@ -18,7 +18,7 @@ from ..survey import columns
 # A module may contain itself: then there are ever more levels; if it does twice, ever more modules on each.
 _DEPTH_MAX = 100
 _DEPTH = 10
-_REPEATED_MAX = 16
+_REPEATED_MAX = 1024  # a block may well be there many times
 
 _DICTIONARIES = ("_modules", "_parameters", "_buffers")
 _METHODS = ("state_dict", "_save_to_state_dict", "get_extra_state")
