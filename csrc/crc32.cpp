@@ -93,6 +93,21 @@ static_assert(fold_constant(512 + 32) == 0x0154442bd4 && fold_constant(512 - 32)
 static_assert(fold_constant(128 + 32) == 0x01751997d0 && fold_constant(128 - 32) == 0x00ccaa009e);
 static_assert(fold_constant(64) == 0x0163cd6124);
 
+// A polynomial of 64 coefficients mod P (Barrett reduction).
+__attribute__((target("pclmul,sse4.1"))) inline uint32_t remainder(__m128i polynomial) {
+  const __m128i barrett = _mm_set_epi64x(0x01f7011641, 0x01db710641);
+  const __m128i low_words = _mm_setr_epi32(~0, 0, ~0, 0);
+  __m128i quotient = _mm_clmulepi64_si128(_mm_and_si128(polynomial, low_words), barrett, 0x10);
+  quotient = _mm_clmulepi64_si128(_mm_and_si128(quotient, low_words), barrett, 0x00);
+  return static_cast<uint32_t>(_mm_extract_epi32(_mm_xor_si128(polynomial, quotient), 1));
+}
+
+__attribute__((target("pclmul,sse4.1"))) uint32_t multiply_clmul(uint32_t a, uint32_t b) {
+  const __m128i product = _mm_clmulepi64_si128(_mm_cvtsi32_si128(static_cast<int>(a)),
+                                               _mm_cvtsi32_si128(static_cast<int>(b)), 0x00);
+  return remainder(_mm_slli_epi64(product, 1));  // 63 coefficients: one bit short of 64
+}
+
 // Takes a multiple of 16 bytes, at least 16. With kCopies, here and below, what was taken is also at `to`, past
 // the cache; that is a multiple of 64 then.
 template <bool kCopies>
@@ -101,7 +116,6 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t update_clmul(uint32_t state, c
   const __m128i fold_512 = _mm_set_epi64x(fold_constant(512 - 32), fold_constant(512 + 32));
   const __m128i fold_128 = _mm_set_epi64x(fold_constant(128 - 32), fold_constant(128 + 32));
   const __m128i fold_64 = _mm_set_epi64x(0, fold_constant(64));
-  const __m128i barrett = _mm_set_epi64x(0x01f7011641, 0x01db710641);
   const __m128i low_words = _mm_setr_epi32(~0, 0, ~0, 0);
 
   const auto load = [&](size_t lane) __attribute__((target("pclmul,sse4.1"))) {
@@ -139,13 +153,11 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t update_clmul(uint32_t state, c
   }
   for (; nbytes >= 16; advance(16)) a = fold(a, fold_128, load(0));
 
-  // 128 bits -> 64 -> 32 (Barrett reduction).
+  // 128 bits -> 64 -> 32.
   a = _mm_xor_si128(_mm_srli_si128(a, 8), _mm_clmulepi64_si128(a, fold_128, 0x10));
   a = _mm_xor_si128(_mm_srli_si128(a, 4),
                     _mm_clmulepi64_si128(_mm_and_si128(a, low_words), fold_64, 0x00));
-  __m128i quotient = _mm_clmulepi64_si128(_mm_and_si128(a, low_words), barrett, 0x10);
-  quotient = _mm_clmulepi64_si128(_mm_and_si128(quotient, low_words), barrett, 0x00);
-  return static_cast<uint32_t>(_mm_extract_epi32(_mm_xor_si128(a, quotient), 1));
+  return remainder(a);
 }
 
 // The same with four lanes in a register and four registers in flight: 256 bytes a round. What is
@@ -320,9 +332,15 @@ uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
 }
 
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b) {
+  if (crc_a == 0) return crc_b;  // as of nothing
+#ifdef ASYNCCKPT_HAVE_CLMUL
+  const auto times = has_clmul() ? multiply_clmul : multiply;
+#else
+  const auto times = multiply;
+#endif
   // Appending n bytes multiplies what came before by x^(8n).
   for (size_t k = 3; nbytes_b != 0; nbytes_b >>= 1, ++k)
-    if (nbytes_b & 1) crc_a = multiply(kPowers[k % kPowers.size()], crc_a);
+    if (nbytes_b & 1) crc_a = times(kPowers[k % kPowers.size()], crc_a);
   return crc_a ^ crc_b;
 }
 
