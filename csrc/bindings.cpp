@@ -18,6 +18,7 @@
 #include <optional>
 #include <utility>
 
+#include "columns.h"
 #include "crc32.h"
 #include "device.h"
 #include "device_crc.h"

@@ -17,8 +17,6 @@ namespace {
 
 constexpr size_t kLine = 64;  // of a cache
 
-// ---- survey -------------------------------------------------------------------------------------
-
 // The table for our major version; null if there is none.
 const dlpack::ExchangeApi* exchange_api(nb::handle capsule) {
   const void* found = PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName);
@@ -175,72 +173,6 @@ bool have_bodies(nb::list objects, const Types& types) {
   return body == body_of(first);
 }
 
-// ---- columns ------------------------------------------------------------------------------------
-
-void prefetch_lines(const void* begin, size_t lines) {
-  for (size_t line = 0; line < lines; ++line)
-    __builtin_prefetch(static_cast<const char*>(begin) + line * kLine);
-}
-
-// What a lookup in a dictionary that is there already reads next.
-void prefetch_inside(PyObject* object) {
-  if (!PyDict_Check(object)) return;
-  const auto* const dict = reinterpret_cast<const PyDictObject*>(object);
-  prefetch_lines(dict->ma_values != nullptr ? static_cast<const void*>(dict->ma_values)
-                                            : static_cast<const void*>(dict->ma_keys),
-                 4);
-}
-
-// One of the dictionaries that each object has, over all of them.
-struct Column {
-  std::string lengths;  // int64 each
-  nb::list keys;
-  std::string is_there;  // a byte each: whether there is something under a key
-  nb::list values;       // what is there
-
-  void append(nb::handle dict) {
-    Py_ssize_t length = 0;
-    if (PyDict_CheckExact(dict.ptr())) {
-      length = PyDict_GET_SIZE(dict.ptr());
-      PyObject *key = nullptr, *value = nullptr;
-      for (Py_ssize_t place = 0; PyDict_Next(dict.ptr(), &place, &key, &value);) append(key, value);
-    } else if (!PyDict_Check(dict.ptr())) {
-      throw nb::type_error("not a dictionary");
-    } else {  // it may have an order of its own
-      const nb::list items = nb::steal<nb::list>(PyMapping_Items(dict.ptr()));
-      if (!items.is_valid()) throw nb::python_error();
-      length = static_cast<Py_ssize_t>(items.size());
-      for (nb::handle item : items) append(item[0].ptr(), item[1].ptr());
-    }
-    const int64_t number = length;
-    lengths.append(reinterpret_cast<const char*>(&number), sizeof(number));
-  }
-
-  void append(PyObject* key, PyObject* value) {
-    keys.append(nb::handle(key));
-    is_there.push_back(value != Py_None);
-    if (value != Py_None) values.append(nb::handle(value));
-  }
-
-  nb::tuple made() const {
-    return nb::make_tuple(nb::bytes(lengths.data(), lengths.size()), keys,
-                          nb::bytes(is_there.data(), is_there.size()), values);
-  }
-};
-
-// The value under a name; null if there is none.
-PyObject* found_in(nb::handle dict, nb::handle name) {
-  PyObject* const found = PyDict_GetItemWithError(dict.ptr(), name.ptr());
-  if (found == nullptr && PyErr_Occurred()) throw nb::python_error();
-  return found;
-}
-
-bool is_true(nb::handle value) {
-  const int answer = PyObject_IsTrue(value.ptr());
-  if (answer < 0) throw nb::python_error();
-  return answer != 0;
-}
-
 }  // namespace
 
 nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool with_forms,
@@ -275,64 +207,6 @@ nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool wi
   }
   return nb::make_tuple(as_array(std::move(addresses), count), as_array(std::move(versions), count),
                         nb::bytes(forms.data(), forms.size() * sizeof(int64_t)), storages);
-}
-
-nb::object columns(nb::list objects, nb::tuple names, nb::tuple absent, nb::tuple empty) {
-  // Nearly all the time is waiting for memory. So some objects are gone through together, a step deeper each
-  // time, and what the next step reads is on its way meanwhile.
-  constexpr size_t kTogether = 32;
-  nb::object kinds = nb::steal(PySet_New(nullptr));
-  if (!kinds.is_valid()) throw nb::python_error();
-  std::vector<Column> found(names.size());
-  const PyTypeObject* latest = nullptr;
-  std::vector<nb::object> held, dicts, inner;  // held: what is asked below may run anything
-  for (size_t begin = 0; begin < objects.size(); begin += kTogether) {
-    const size_t end = std::min(begin + kTogether, objects.size());
-    held.clear(), dicts.clear(), inner.clear();
-    for (size_t i = begin; i < end; ++i) {
-      held.push_back(nb::borrow(PyList_GET_ITEM(objects.ptr(), static_cast<Py_ssize_t>(i))));
-      // Since python 3.11 the address of its dictionary lies before the object.
-      prefetch_lines(
-          reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(held.back().ptr()) - kLine), 2);
-    }
-    for (const nb::object& object : held) {
-      dicts.push_back(nb::steal(PyObject_GenericGetDict(object.ptr(), nullptr)));
-      if (!dicts.back().is_valid()) throw nb::python_error();
-      __builtin_prefetch(dicts.back().ptr());
-      const PyTypeObject* const kind = Py_TYPE(object.ptr());
-      if (kind != latest &&
-          PySet_Add(kinds.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()))) != 0)
-        throw nb::python_error();
-      latest = kind;
-    }
-    for (const nb::object& dict : dicts) prefetch_inside(dict.ptr());
-    for (const nb::object& dict : dicts) {
-      for (nb::handle name : absent)
-        if (found_in(dict, name) != nullptr) return nb::none();
-      for (nb::handle name : empty) {
-        PyObject* const one = found_in(dict, name);
-        if (one == nullptr) throw nb::key_error("no such dictionary");
-        inner.push_back(nb::borrow(one));
-        __builtin_prefetch(one);
-      }
-      for (nb::handle name : names) {
-        PyObject* const one = found_in(dict, name);
-        if (one == nullptr) throw nb::key_error("no such dictionary");
-        inner.push_back(nb::borrow(one));
-        __builtin_prefetch(one);
-      }
-    }
-    for (const nb::object& one : inner) prefetch_inside(one.ptr());
-    size_t place = 0;
-    for (size_t object = 0; object < dicts.size(); ++object) {
-      for (size_t i = 0; i < empty.size(); ++i)
-        if (is_true(inner[place++])) return nb::none();
-      for (Column& column : found) column.append(inner[place++]);
-    }
-  }
-  nb::list made;
-  for (const Column& column : found) made.append(column.made());
-  return nb::make_tuple(kinds, made);
 }
 
 }  // namespace asyncckpt

@@ -1,0 +1,12 @@
+// Thousands of dictionaries read at once. Lists that are handed over must be the caller's own.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace asyncckpt {
+
+// Dictionaries that each of some objects has, as columns. See asyncckpt/_native.pyi.
+nanobind::object columns(nanobind::list objects, nanobind::tuple names, nanobind::tuple absent,
+                         nanobind::tuple empty);
+
+}  // namespace asyncckpt
