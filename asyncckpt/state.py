@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -154,7 +155,7 @@ class TrainingState:
                 branches[name] = found
             looked_s[name] = time.perf_counter() - began_s
         parts = [(f"{name}.{part.prefix}", part) for name, one in branches.items() for part in one.parts]
-        tensors = [tensor for _, part in parts for tensor in part.tensors]
+        tensors = list(chain.from_iterable(part.tensors for _, part in parts))
         try:
             found_all = survey(tensors, forms=True, storages=True)
         except NotSurveyedError:

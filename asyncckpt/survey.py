@@ -23,6 +23,8 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 _EXCHANGE_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # not in torch 2.6
 
 columns = _native.columns  # of modules
+column = _native.column  # of an optimizer's state
+identities = _native.identities
 
 
 class NotSurveyedError(Exception):

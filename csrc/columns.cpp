@@ -1,5 +1,6 @@
 #include "columns.h"
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,10 @@ namespace asyncckpt {
 namespace {
 
 constexpr size_t kLine = 64;  // of a cache
+
+// Nearly all the time is waiting for memory. So some objects are gone through together, a step deeper each time, and
+// what the next step reads is on its way meanwhile.
+constexpr size_t kTogether = 32;
 
 void prefetch_lines(const void* begin, size_t lines) {
   for (size_t line = 0; line < lines; ++line)
@@ -22,6 +27,10 @@ void prefetch_inside(PyObject* object) {
   prefetch_lines(dict->ma_values != nullptr ? static_cast<const void*>(dict->ma_values)
                                             : static_cast<const void*>(dict->ma_keys),
                  4);
+}
+
+void append_number(int64_t number, std::string* to) {
+  to->append(reinterpret_cast<const char*>(&number), sizeof(number));
 }
 
 // One of the dictionaries that each object has, over all of them.
@@ -45,8 +54,7 @@ struct Column {
       length = static_cast<Py_ssize_t>(items.size());
       for (nb::handle item : items) append(item[0].ptr(), item[1].ptr());
     }
-    const int64_t number = length;
-    lengths.append(reinterpret_cast<const char*>(&number), sizeof(number));
+    append_number(length, &lengths);
   }
 
   void append(PyObject* key, PyObject* value) {
@@ -77,9 +85,6 @@ bool is_true(nb::handle value) {
 }  // namespace
 
 nb::object columns(nb::list objects, nb::tuple names, nb::tuple absent, nb::tuple empty) {
-  // Nearly all the time is waiting for memory. So some objects are gone through together, a step deeper each
-  // time, and what the next step reads is on its way meanwhile.
-  constexpr size_t kTogether = 32;
   nb::object kinds = nb::steal(PySet_New(nullptr));
   if (!kinds.is_valid()) throw nb::python_error();
   std::vector<Column> found(names.size());
@@ -132,6 +137,49 @@ nb::object columns(nb::list objects, nb::tuple names, nb::tuple absent, nb::tupl
   nb::list made;
   for (const Column& column : found) made.append(column.made());
   return nb::make_tuple(kinds, made);
+}
+
+nb::object column(nb::list dicts, nb::handle kind) {
+  struct Entry {
+    PyObject *key, *value;  // the dictionaries', which nothing here changes
+  };
+  std::string lengths, are_kind;
+  nb::list keys, those, others;
+  std::vector<Entry> entries;
+  const auto dict_at = [&](size_t index) {
+    return PyList_GET_ITEM(dicts.ptr(), static_cast<Py_ssize_t>(index));
+  };
+  for (size_t begin = 0; begin < dicts.size(); begin += kTogether) {
+    const size_t end = std::min(begin + kTogether, dicts.size());
+    for (size_t i = begin; i < end; ++i) __builtin_prefetch(dict_at(i));
+    for (size_t i = begin; i < end; ++i) {
+      if (!PyDict_CheckExact(dict_at(i))) return nb::none();
+      prefetch_inside(dict_at(i));
+    }
+    entries.clear();
+    for (size_t i = begin; i < end; ++i) {
+      append_number(PyDict_GET_SIZE(dict_at(i)), &lengths);
+      Entry entry;
+      for (Py_ssize_t place = 0; PyDict_Next(dict_at(i), &place, &entry.key, &entry.value);) {
+        __builtin_prefetch(entry.value);
+        entries.push_back(entry);
+      }
+    }
+    for (const Entry& entry : entries) {
+      const bool is_kind = reinterpret_cast<PyObject*>(Py_TYPE(entry.value)) == kind.ptr();
+      are_kind.push_back(is_kind);
+      keys.append(nb::handle(entry.key));
+      (is_kind ? those : others).append(nb::handle(entry.value));
+    }
+  }
+  return nb::make_tuple(nb::bytes(lengths.data(), lengths.size()), keys,
+                        nb::bytes(are_kind.data(), are_kind.size()), those, others);
+}
+
+nb::bytes identities(nb::list objects) {
+  std::string found;
+  for (nb::handle object : objects) append_number(reinterpret_cast<intptr_t>(object.ptr()), &found);
+  return nb::bytes(found.data(), found.size());
 }
 
 }  // namespace asyncckpt

@@ -9,4 +9,10 @@ namespace asyncckpt {
 nanobind::object columns(nanobind::list objects, nanobind::tuple names, nanobind::tuple absent,
                          nanobind::tuple empty);
 
+// Many dictionaries as one column. See asyncckpt/_native.pyi.
+nanobind::object column(nanobind::list dicts, nanobind::handle kind);
+
+// What tells objects apart while they are alive. See asyncckpt/_native.pyi.
+nanobind::bytes identities(nanobind::list objects);
+
 }  // namespace asyncckpt

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import LeafError
 from ..formats.inert import brief
+from ..survey import column, identities
 from ..tree import Matching, StoredTensor, describe, fits
 from . import SteadyBranch, SteadyPart
 
@@ -24,20 +24,14 @@ class _Seen(NamedTuple):
         alive: those of them that nobody else here holds, as long as they are: what is at their addresses then
             is them. No others: torch does not swap tensors to which there are weak references.
         names: of the tensors of the state.
-        tensors: their places among all values.
-        others: (place, parameter, key) of the other values; no key where there is none.
+        others: (parameter, key) of the other values, in their order; no key where there is no value at all.
     """
 
     shape: object
     params: list[list[str]]
     alive: list[weakref.ref[torch.Tensor]]
     names: tuple[str, ...]
-    tensors: list[int]
-    others: list[tuple[int, str, str | None]]
-
-    @property
-    def only_tensors(self) -> bool:
-        return not any(key is not None for _, _, key in self.others)
+    others: list[tuple[str, str | None]]
 
 
 class OptimizerSection:
@@ -55,24 +49,18 @@ class OptimizerSection:
     def steady(self) -> SteadyBranch | None:
         params = [[*group["params"]] for group in self.optimizer.param_groups]
         values = list(self.optimizer.state.values())
-        if not values or set(map(type, values)) != {dict}:
+        found = column(values, torch.Tensor)
+        if not values or found is None:
             return None
-        keys = list(chain.from_iterable(values))
-        owned = list(chain.from_iterable(map(dict.values, values)))
+        *form, tensors, others = found
         # Of parameters, the addresses of the objects do, while they are alive; those with names always are.
-        shape = (
-            [list(map(id, group)) for group in params],
-            list(map(id, self.optimizer.state)),
-            list(map(len, values)),
-            keys,
-            list(map(type, owned)),
-        )
+        shape = (list(map(identities, params)), identities(list(self.optimizer.state)), form)
         seen = self._seen
         if seen is None or seen.shape != shape or any(one() is None for one in seen.alive):
-            found = self._look(shape, params, values)
-            if found is None:
+            seen = self._look(shape, params, values)
+            if seen is None:
                 return None
-            seen = self._seen = found
+            self._seen = seen
 
         def rest() -> Any:
             groups = [
@@ -80,13 +68,13 @@ class OptimizerSection:
                 for group, names in zip(self.optimizer.param_groups, seen.params, strict=True)
             ]
             state: dict[str, dict[str, Any]] = {}
-            for index, name, key in seen.others:
+            left = iter(others)
+            for name, key in seen.others:
                 of_param = state.setdefault(name, {})
                 if key is not None:
-                    of_param[key] = owned[index]
+                    of_param[key] = next(left)
             return {**({"state": state} if state else {}), "param_groups": groups}
 
-        tensors = owned if seen.only_tensors else [owned[index] for index in seen.tensors]
         return SteadyBranch([SteadyPart("state.", seen.names, tensors)], rest, [])
 
     def _look(
@@ -96,28 +84,23 @@ class OptimizerSection:
         if not all(param in called for param in self.optimizer.state):
             return None  # capture says what is wrong
         names: list[str] = []
-        tensors: list[int] = []
-        others: list[tuple[int, str, str | None]] = []
-        index = 0
+        others: list[tuple[str, str | None]] = []
         for param, of_param in zip(self.optimizer.state, values, strict=True):
             name = called[param]
             if not of_param:
-                others.append((index, name, None))
+                others.append((name, None))
             for key, value in of_param.items():
                 if type(key) is not str:
                     return None  # then the mapping is one leaf
                 if type(value) is torch.Tensor:
                     names.append(f"{name}.{key}")
-                    tensors.append(index)
                 else:
-                    others.append((index, name, key))
-                index += 1
+                    others.append((name, key))
         return _Seen(
             shape,
             [[called[param] for param in group] for group in params],
             [weakref.ref(param) for group in params for param in group if param not in self._names],
             tuple(names),
-            tensors,
             others,
         )
 
