@@ -205,8 +205,8 @@ def column(dicts: list[Any], kind: type) -> tuple[bytes, list[Any], bytes, list[
     """Dictionaries as one column; None if one of them is no dictionary, or of a class of its own.
 
     Returns:
-        int64 lengths; all keys; for each key a byte, whether its value is of `kind` and no subclass; the values
-        that are; and those that are not.
+        int64 lengths; all keys; for each key a byte, whether its value is of `kind` and no subclass; the
+        values that are; and those that are not.
     """
 
 def identities(objects: list[Any]) -> bytes:

@@ -1,6 +1,8 @@
 """The disk without anything to save or load: what it takes, and what it gives.
 
-Four threads move blocks of huge pages past the page cache, with O_DIRECT where the filesystem takes it.
+Four threads move blocks of huge pages past the page cache, with O_DIRECT where the filesystem takes it. They
+use the same few blocks over and over, so that memory costs as little as can be; or, `spread`, memory of its
+own for every byte, as a state has.
 """
 
 from __future__ import annotations
@@ -49,17 +51,21 @@ class RawRead:
 class RawDisk:
     """Writes and reads without anything to save: what the disk takes, and gives."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, spread_nbytes: int = 0) -> None:
+        """`spread_nbytes`: of the memory for what is spread, in whole blocks for each file."""
         self._path = directory / "raw"
         self._blocks = [_huge_pages(BLOCK_NBYTES) for _ in range(RAW_THREADS)]
         self._block = _huge_pages(BLOCK_NBYTES)
         self._block[:] = random.Random(0).randbytes(BLOCK_NBYTES)
+        self._spread = _huge_pages(_blocks_in(spread_nbytes) * BLOCK_NBYTES)
+        for offset in range(0, len(self._spread), BLOCK_NBYTES):
+            self._spread[offset : offset + BLOCK_NBYTES] = self._block
 
-    def direct(self, nbytes: int) -> RawWrite:
+    def direct(self, nbytes: int, *, spread: bool = False) -> RawWrite:
         """Many writers, past the page cache, whole pages; buffered where O_DIRECT is refused."""
         nbytes = -(-nbytes // _PAGE) * _PAGE
         began_s = time.perf_counter()
-        direct = self._write(self._path, nbytes)
+        direct = self._write(self._path, nbytes, self._spread if spread else self._block)
         seconds = time.perf_counter() - began_s
         self._path.unlink()
         return RawWrite(seconds, nbytes, direct)
@@ -90,7 +96,7 @@ class RawDisk:
 
     def keep(self, path: Path, nbytes: int) -> Path:
         """A file to read, written as above."""
-        self._write(path, -(-nbytes // _PAGE) * _PAGE)
+        self._write(path, -(-nbytes // _PAGE) * _PAGE, self._block)
         os.truncate(path, nbytes)
         return path
 
@@ -105,12 +111,13 @@ class RawDisk:
         self._path.unlink()
         return RawWrite(seconds, nbytes, direct=False)
 
-    def read(self, paths: Sequence[Path]) -> RawRead:
-        """Many readers, past the page cache, each with memory of its own; buffered if O_DIRECT is refused."""
+    def read(self, paths: Sequence[Path], *, spread: bool = False) -> RawRead:
+        """Many readers, past the page cache; buffered if O_DIRECT is refused. Each fills a block of its own,
+        or each block has its own place."""
         began_s = time.perf_counter()
         opened = [_open(path, os.O_RDONLY) for path in paths]
         sizes = [os.fstat(fd).st_size for fd, _ in opened]
-        blocks = iter(
+        blocks = enumerate(
             [
                 (fd, offset, min(BLOCK_NBYTES, size - offset))
                 for (fd, _), size in zip(opened, sizes, strict=True)
@@ -119,8 +126,10 @@ class RawDisk:
         )  # next() on it is atomic
 
         def read(thread: int) -> None:
-            for fd, offset, expected in blocks:
-                got = os.preadv(fd, [self._blocks[thread]], offset)
+            for number, (fd, offset, expected) in blocks:
+                place = number * BLOCK_NBYTES
+                into = self._spread[place : place + BLOCK_NBYTES] if spread else self._blocks[thread]
+                got = os.preadv(fd, [into], offset)
                 if got != expected:
                     raise OSError(errno.EIO, f"{got} bytes read where {expected} are")
 
@@ -132,8 +141,9 @@ class RawDisk:
         seconds = time.perf_counter() - began_s
         return RawRead(seconds, sum(sizes), all(direct for _, direct in opened))
 
-    def _write(self, path: Path, nbytes: int) -> bool:
-        """A new file of whole pages, on the disk; whether O_DIRECT was taken."""
+    def _write(self, path: Path, nbytes: int, memory: memoryview) -> bool:
+        """A new file of whole pages, on the disk, of what is in `memory`, over and over;
+        whether O_DIRECT was taken."""
         fd, direct = _open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         offsets = itertools.count(0, BLOCK_NBYTES)  # next() on it is atomic
 
@@ -141,7 +151,8 @@ class RawDisk:
             for offset in offsets:
                 if offset >= nbytes:
                     return
-                _pwrite(fd, self._block[: nbytes - offset], offset)
+                place = offset % len(memory)
+                _pwrite(fd, memory[place : place + min(BLOCK_NBYTES, nbytes - offset)], offset)
 
         try:
             if nbytes:
@@ -174,6 +185,10 @@ def forget(paths: Iterable[Path]) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
+
+
+def _blocks_in(nbytes: int) -> int:
+    return -(-nbytes // BLOCK_NBYTES)
 
 
 def _huge_pages(nbytes: int) -> memoryview:

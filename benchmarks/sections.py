@@ -56,6 +56,10 @@ as many bytes by {raw_threads} threads with O_DIRECT in blocks of {block} out of
 preallocated file, and fsync. Before each, all is synced. Training changes every tensor before each save, and
 the files are compared with it. Saves are timed from outside, from the call until waiting for them ends. Once
 a round: one buffered writer, and fsync.
+
+The raw write of a pair, which the target is about, sends the same block over and over. What a save sends lies
+in as much memory as it has bytes, and disks may take that more slowly: beside each pair, the same is written
+raw out of as much memory.
 """
 _HOW_LOAD = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
@@ -64,6 +68,10 @@ files of the same sizes by {raw_threads} threads with O_DIRECT in blocks of {blo
 each, all is synced and the page cache has nothing of the files. Training changes every tensor before each
 load, and what is there after it is compared with what was saved. Once a round, as cold: stock dcp.load into
 tensors that were made before.
+
+The raw read of a pair, which the target is about, fills the same few blocks over and over. A load fills as
+much memory as it has bytes: beside each pair, the same is read raw into as much memory, where nothing has to
+be copied afterwards; nothing is verified.
 """
 _HOW_CPU = """
 **How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn, in an order
@@ -210,6 +218,7 @@ def _write(document: dict[str, Any]) -> list[str]:
     config, summaries = document["config"], document["summary"]
     names = {
         "raw_s": f"raw, {config['raw_threads']} threads, O_DIRECT",
+        "spread_s": "the same, out of as much memory",
         "ours_s": "asyncckpt, whole save",
         "buffered_s": "one buffered writer",
     }
@@ -224,6 +233,7 @@ def _write(document: dict[str, Any]) -> list[str]:
         _times(names, document),
         bullets(
             (
+                f"Beside the paired raw write out of as much memory: {spread(summaries['x_spread'], 'x')}.",
                 f"Contents right: {summaries['contents_right']} of {len(document['rows'])}.",
                 f"O_DIRECT: {'all writes' if summaries['direct'] else 'refused here, all was buffered'}.",
             )
@@ -292,6 +302,7 @@ def _load(document: dict[str, Any]) -> list[str]:
     config, summaries = document["config"], document["summary"]
     names = {
         "raw_s": f"raw, {config['raw_threads']} threads, O_DIRECT",
+        "spread_s": "the same, into as much memory",
         "ours_s": "asyncckpt, load()",
         "stock_s": "dcp.load",
     }
@@ -307,6 +318,7 @@ def _load(document: dict[str, Any]) -> list[str]:
         _times(names, document),
         bullets(
             (
+                f"Beside the paired raw read into as much memory: {spread(summaries['x_spread'], 'x')}.",
                 f"Contents right: {summaries['contents_right']} of {len(document['rows'])}.",
                 f"Of dcp.load: {summaries['stock_contents_right']} of {summaries['stock_s']['count']}.",
                 f"O_DIRECT: {'all raw reads' if summaries['direct'] else 'refused here, all was buffered'}.",

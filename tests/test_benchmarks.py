@@ -218,6 +218,39 @@ def test_a_step_that_fails_beside_raw_writes_is_heard(
         every_step._beside(broken, RawDisk(tmp_path), 4096, 2)
 
 
+@pytest.mark.parametrize("nbytes", [1, 4096, (4 << 20) + 5, 13 << 20])
+def test_raw_writes_and_reads_move_every_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int
+) -> None:
+    """Out of one block and into a few, over and over; out of and into as much memory as there are bytes."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.raw_disk import BLOCK_NBYTES, RawDisk
+
+    disk = RawDisk(tmp_path, nbytes)
+    path = disk.keep(tmp_path / "kept", nbytes)
+    kept = path.read_bytes()
+    assert len(kept) == nbytes
+    assert all(kept[at] == kept[at - BLOCK_NBYTES] for at in range(BLOCK_NBYTES, nbytes, 4095))
+    assert disk.direct(nbytes, spread=True).nbytes == -(-nbytes // 4096) * 4096
+    disk._spread[:] = bytes(len(disk._spread))
+    assert disk.read([path, path]).nbytes == 2 * nbytes
+    assert not any(disk._spread)
+    assert disk.read([path], spread=True).nbytes == nbytes
+    assert disk._spread[:nbytes] == kept
+    with pytest.raises(OSError, match="bytes read where"):
+        disk.read([path, path], spread=True)  # there is no memory for so much
+
+
+def test_whole_saves_and_loads_are_compared_with_both_kinds_of_raw(results: Path) -> None:
+    for name in ("write", "load"):
+        document = json.loads((results / f"{name}.json").read_text())
+        for row in document["rows"]:
+            raw_s = row["raw"]["seconds"] if name == "write" else row["raw_s"]
+            spread_s = row["spread"]["seconds"] if name == "write" else row["spread_s"]
+            assert (row["ratio"], row["x_spread"]) == (row["ours_s"] / raw_s, row["ours_s"] / spread_s)
+            assert row["contents"] == "right"
+
+
 def test_a_first_save_is_compared_with_later_ones_of_its_process(results: Path) -> None:
     document = json.loads((results / "first_save.json").read_text())
     assert [row["when"] for row in document["rows"]] == ["memory present", "at once"]

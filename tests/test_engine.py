@@ -341,6 +341,24 @@ def test_crc_kernels_agree_with_zlib(nbytes: int) -> None:
     ) == zlib.crc32(data)
 
 
+def test_checksums_of_parts_come_to_that_of_the_whole() -> None:
+    """Of all sizes, also beyond what can be had in memory: what comes after is appended in two ways."""
+    rng = random.Random(3)
+    for _ in range(2000):
+        first, second = rng.randbytes(rng.randrange(40)), rng.randbytes(rng.randrange(3000))
+        assert _native.crc32_combine(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(
+            first + second
+        )
+    for bits in range(1, 63):
+        crcs = [rng.getrandbits(32) for _ in range(3)]
+        nbytes = rng.getrandbits(bits), rng.getrandbits(bits)
+        left = _native.crc32_combine(_native.crc32_combine(crcs[0], crcs[1], nbytes[0]), crcs[2], nbytes[1])
+        right = _native.crc32_combine(crcs[1], crcs[2], nbytes[1])
+        assert left == _native.crc32_combine(crcs[0], right, sum(nbytes))
+    assert _native.crc32_combine(0, 5, 1 << 60) == 5  # what came before was nothing
+    assert _native.crc32_combine(7, 0, 0) == 7
+
+
 def test_copying_while_checksumming() -> None:
     rng = np.random.default_rng(2)
     source = rng.integers(0, 256, 9000, dtype=np.uint8)

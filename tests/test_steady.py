@@ -12,6 +12,7 @@ import random
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,22 @@ def moment_that_is_python(state: State) -> None:
         values["step"] = number
 
 
+def moment_that_is_none(state: State) -> None:
+    for values in state.optimizers["adam"].state.values():
+        values["step"] = None
+
+
+def moments_in_another_order(state: State) -> None:
+    for values in state.optimizers["adam"].state.values():
+        values["step"] = values.pop("step")
+
+
+def moments_in_a_dictionary_of_its_own_kind(state: State) -> None:
+    saved = state.optimizers["adam"].state
+    for param, values in saved.items():
+        saved[param] = OrderedDict(values)
+
+
 def moment_that_is_negated(state: State) -> None:
     for values in state.optimizers["adam"].state.values():
         values["step"] = torch.tensor(complex(1, 3)).conj().imag
@@ -318,7 +335,8 @@ CHANGES = [
     parameter_transposed_where_it_is, untied, tied_anew, module_added, module_renamed, modules_swapped,
     module_in_an_empty_place, parameter_in_an_empty_place, buffer_added, buffer_saved_from_now_on,
     buffer_over_a_parameter, hook_added, state_dict_replaced, extra_state, moments_of_another_dtype,
-    moment_that_is_python, moment_that_is_negated, moments_gone, one_moment_gone,
+    moment_that_is_python, moment_that_is_none, moments_in_another_order,
+    moments_in_a_dictionary_of_its_own_kind, moment_that_is_negated, moments_gone, one_moment_gone,
     moment_that_is_negated_where_it_is, moment_whose_data_is_negated, moment_that_wants_a_gradient,
     keys_that_are_numbers,
     group_added, rate_that_is_a_tensor, steps_another_order, extra_changed,

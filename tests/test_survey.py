@@ -13,7 +13,7 @@ import torch
 
 from asyncckpt import survey as survey_room
 from asyncckpt.sections.walk import Walker
-from asyncckpt.survey import NotSurveyedError, columns, survey
+from asyncckpt.survey import NotSurveyedError, column, columns, identities, survey
 
 surveyed = pytest.mark.skipif(
     survey_room._EXCHANGE_API is None, reason="this torch has no table of functions to ask tensors by"
@@ -68,6 +68,41 @@ def test_columns_say_what_is_odd(place: int) -> None:
     objects[place] = SimpleNamespace(own=7, hooks={})
     with pytest.raises((AttributeError, TypeError)):
         columns(objects, ("own",), ("absent",), ("hooks",))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 100])
+def test_a_column_is_what_the_dictionaries_have(count: int) -> None:
+    values = [torch.zeros(1), None, 3, torch.nn.Parameter(torch.zeros(1)), torch.zeros(2), Subclass(2)]
+    dicts: list[dict[Any, Any]] = [
+        {f"k{i}" if i % 2 else i: values[(number + i) % 6] for i in range(number % 7)}
+        for number in range(count)
+    ]
+    for one in dicts[::3]:
+        one.pop("k1", None)  # a hole in its table
+    found = column(dicts, torch.Tensor)
+    assert found is not None
+    lengths, keys, are_tensors, tensors, others = found
+    assert np.frombuffer(lengths, np.int64).tolist() == list(map(len, dicts))
+    every = [item for one in dicts for item in one.items()]
+    assert keys == [key for key, _ in every]
+    assert [bool(one) for one in are_tensors] == [type(value) is torch.Tensor for _, value in every]
+    ids = [id(value) for _, value in every if type(value) is torch.Tensor]
+    assert list(map(id, tensors)) == ids
+    assert list(map(id, others)) == [id(value) for _, value in every if type(value) is not torch.Tensor]
+    assert identities(tensors) == np.array(ids, np.int64).tobytes()
+
+
+@pytest.mark.parametrize("place", [0, 40])
+@pytest.mark.parametrize("odd", [OrderedDict(a=1), SimpleNamespace(a=1), None])
+def test_what_is_no_plain_dictionary_is_in_no_column(place: int, odd: Any) -> None:
+    dicts: list[Any] = [{"a": 1} for _ in range(50)]
+    assert column(dicts, int) is not None
+    dicts[place] = odd
+    assert column(dicts, int) is None
 
 
 @surveyed
@@ -157,6 +192,9 @@ def test_nothing_keeps_a_reference() -> None:
     def ask() -> None:
         survey(tensors, forms=True, storages=True)
         columns(objects, ("own",), ("absent",), ("hooks",))
+        column([one.own for one in objects], torch.Tensor)
+        assert column([*(one.own for one in objects), None], torch.Tensor) is None
+        identities(tensors)
         with pytest.raises(KeyError):
             columns(objects, ("own", "another"), (), ())
 
