@@ -201,8 +201,8 @@ def columns(
         AttributeError: an object without a `__dict__`; KeyError: one that lacks such a dictionary.
     """
 
-def column(dicts: list[Any], kind: type) -> tuple[bytes, list[Any], bytes, list[Any], list[Any]] | None:
-    """Dictionaries as one column; None if one of them is no dictionary, or of a class of its own.
+def entries_of(dicts: list[Any], kind: type) -> tuple[bytes, list[Any], bytes, list[Any], list[Any]] | None:
+    """What is in many dictionaries; None if one of them is no dictionary, or of a class of its own.
 
     Returns:
         int64 lengths; all keys; for each key a byte, whether its value is of `kind` and no subclass; the
@@ -210,7 +210,7 @@ def column(dicts: list[Any], kind: type) -> tuple[bytes, list[Any], bytes, list[
     """
 
 def identities(objects: list[Any]) -> bytes:
-    """`id()` of each, as int64: equal bytes are equal objects, while they are alive."""
+    """`id()` of each, as int64: equal bytes are the same objects, while they are alive."""
 
 def copy_is_checked() -> bool: ...
 

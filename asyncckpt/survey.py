@@ -1,4 +1,4 @@
-"""What many tensors are in memory, and many modules in their dictionaries, without a call of python for each.
+"""What many tensors are in memory, and what is in many dictionaries, without a call of python for each.
 
 Thousands of tensors are asked thrice in every save: where they are, whether they were written to, and whether
 they are what they were at the last save. By DLPack's table of C functions, which torch hangs on its tensors,
@@ -23,7 +23,7 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 _EXCHANGE_API = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # not in torch 2.6
 
 columns = _native.columns  # of modules
-column = _native.column  # of an optimizer's state
+entries_of = _native.entries_of  # of an optimizer's state
 identities = _native.identities
 
 

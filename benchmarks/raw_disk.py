@@ -1,8 +1,8 @@
 """The disk without anything to save or load: what it takes, and what it gives.
 
 Four threads move blocks of huge pages past the page cache, with O_DIRECT where the filesystem takes it. They
-use the same few blocks over and over, so that memory costs as little as can be; or, `spread`, memory of its
-own for every byte, as a state has.
+use the same few blocks over and over, so that memory costs as little as can be; or, `apart`, memory of its
+own for every byte.
 """
 
 from __future__ import annotations
@@ -51,21 +51,24 @@ class RawRead:
 class RawDisk:
     """Writes and reads without anything to save: what the disk takes, and gives."""
 
-    def __init__(self, directory: Path, spread_nbytes: int = 0) -> None:
-        """`spread_nbytes`: of the memory for what is spread, in whole blocks for each file."""
+    def __init__(self, directory: Path, apart: Iterable[int] = ()) -> None:
+        """`apart`: sizes of files; there is memory of its own for every byte of them."""
         self._path = directory / "raw"
         self._blocks = [_huge_pages(BLOCK_NBYTES) for _ in range(RAW_THREADS)]
         self._block = _huge_pages(BLOCK_NBYTES)
-        self._block[:] = random.Random(0).randbytes(BLOCK_NBYTES)
-        self._spread = _huge_pages(_blocks_in(spread_nbytes) * BLOCK_NBYTES)
-        for offset in range(0, len(self._spread), BLOCK_NBYTES):
-            self._spread[offset : offset + BLOCK_NBYTES] = self._block
+        self._apart = _huge_pages(BLOCK_NBYTES * sum(-(-nbytes // BLOCK_NBYTES) for nbytes in apart))
+        contents = random.Random(0)
+        for memory in (self._block, self._apart):
+            for offset in range(0, len(memory), BLOCK_NBYTES):
+                memory[offset : offset + BLOCK_NBYTES] = contents.randbytes(BLOCK_NBYTES)
 
-    def direct(self, nbytes: int, *, spread: bool = False) -> RawWrite:
+    def direct(self, nbytes: int, *, apart: bool = False) -> RawWrite:
         """Many writers, past the page cache, whole pages; buffered where O_DIRECT is refused."""
         nbytes = -(-nbytes // _PAGE) * _PAGE
+        if apart and nbytes > len(self._apart):
+            raise ValueError(f"memory for {len(self._apart)} bytes, not for {nbytes}")
         began_s = time.perf_counter()
-        direct = self._write(self._path, nbytes, self._spread if spread else self._block)
+        direct = self._write(self._path, nbytes, self._apart if apart else self._block)
         seconds = time.perf_counter() - began_s
         self._path.unlink()
         return RawWrite(seconds, nbytes, direct)
@@ -111,7 +114,7 @@ class RawDisk:
         self._path.unlink()
         return RawWrite(seconds, nbytes, direct=False)
 
-    def read(self, paths: Sequence[Path], *, spread: bool = False) -> RawRead:
+    def read(self, paths: Sequence[Path], *, apart: bool = False) -> RawRead:
         """Many readers, past the page cache; buffered if O_DIRECT is refused. Each fills a block of its own,
         or each block has its own place."""
         began_s = time.perf_counter()
@@ -128,7 +131,7 @@ class RawDisk:
         def read(thread: int) -> None:
             for number, (fd, offset, expected) in blocks:
                 place = number * BLOCK_NBYTES
-                into = self._spread[place : place + BLOCK_NBYTES] if spread else self._blocks[thread]
+                into = self._apart[place : place + BLOCK_NBYTES] if apart else self._blocks[thread]
                 got = os.preadv(fd, [into], offset)
                 if got != expected:
                     raise OSError(errno.EIO, f"{got} bytes read where {expected} are")
@@ -187,10 +190,6 @@ def forget(paths: Iterable[Path]) -> None:
         os.close(fd)
 
 
-def _blocks_in(nbytes: int) -> int:
-    return -(-nbytes // BLOCK_NBYTES)
-
-
 def _huge_pages(nbytes: int) -> memoryview:
     # From small pages the same writes take half as long again: their every page is one more segment
     # of the transfer. A ceiling lower than what it is compared with would flatter.
@@ -204,12 +203,12 @@ def _huge_pages(nbytes: int) -> memoryview:
 
 
 def _in_threads(count: int, work: Callable[[int], None]) -> None:
-    failures: list[OSError] = []
+    failures: list[Exception] = []
 
     def run(thread: int) -> None:
         try:
             work(thread)
-        except OSError as problem:
+        except Exception as problem:  # noqa: BLE001 -- whatever it is, nothing was measured
             failures.append(problem)
 
     threads = [threading.Thread(target=run, args=(thread,)) for thread in range(count)]

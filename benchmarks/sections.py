@@ -57,9 +57,10 @@ preallocated file, and fsync. Before each, all is synced. Training changes every
 the files are compared with it. Saves are timed from outside, from the call until waiting for them ends. Once
 a round: one buffered writer, and fsync.
 
-The raw write of a pair, which the target is about, sends the same block over and over. What a save sends lies
-in as much memory as it has bytes, and disks may take that more slowly: beside each pair, the same is written
-raw out of as much memory.
+The raw write of a pair, which the target is about, sends the same block over and over. Here host memory is
+{arena}, so that every byte of a save has a place of its own in it; with less, its chunks are used again.
+Disks may take that more slowly: on the other side of each save, as many bytes are written raw out of as much
+memory.
 """
 _HOW_LOAD = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
@@ -69,9 +70,10 @@ each, all is synced and the page cache has nothing of the files. Training change
 load, and what is there after it is compared with what was saved. Once a round, as cold: stock dcp.load into
 tensors that were made before.
 
-The raw read of a pair, which the target is about, fills the same few blocks over and over. A load fills as
-much memory as it has bytes: beside each pair, the same is read raw into as much memory, where nothing has to
-be copied afterwards; nothing is verified.
+The raw read of a pair, which the target is about, fills the same few blocks over and over. So does load(): it
+fills a block for each of its threads, checks it, and copies it to its place. The other way is to read every
+byte where it belongs, into as much memory, before it is checked. On the other side of each load, that is done
+raw.
 """
 _HOW_CPU = """
 **How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn, in an order
@@ -218,7 +220,7 @@ def _write(document: dict[str, Any]) -> list[str]:
     config, summaries = document["config"], document["summary"]
     names = {
         "raw_s": f"raw, {config['raw_threads']} threads, O_DIRECT",
-        "spread_s": "the same, out of as much memory",
+        "apart_s": "the same, out of as much memory",
         "ours_s": "asyncckpt, whole save",
         "buffered_s": "one buffered writer",
     }
@@ -227,13 +229,14 @@ def _write(document: dict[str, Any]) -> list[str]:
             rounds=config["rounds"],
             pairs=summaries["ratio"]["count"],
             state=size(config["nbytes"]),
+            arena=size(config["arena_bytes"]),
             raw_threads=config["raw_threads"],
             block=size(config["block_bytes"]),
         ),
         _times(names, document),
         bullets(
             (
-                f"Beside the paired raw write out of as much memory: {spread(summaries['x_spread'], 'x')}.",
+                f"Beside the raw write out of as much memory: {spread(summaries['x_apart'], 'x')}.",
                 f"Contents right: {summaries['contents_right']} of {len(document['rows'])}.",
                 f"O_DIRECT: {'all writes' if summaries['direct'] else 'refused here, all was buffered'}.",
             )
@@ -302,7 +305,7 @@ def _load(document: dict[str, Any]) -> list[str]:
     config, summaries = document["config"], document["summary"]
     names = {
         "raw_s": f"raw, {config['raw_threads']} threads, O_DIRECT",
-        "spread_s": "the same, into as much memory",
+        "apart_s": "the same, every byte where it belongs",
         "ours_s": "asyncckpt, load()",
         "stock_s": "dcp.load",
     }
@@ -318,7 +321,7 @@ def _load(document: dict[str, Any]) -> list[str]:
         _times(names, document),
         bullets(
             (
-                f"Beside the paired raw read into as much memory: {spread(summaries['x_spread'], 'x')}.",
+                f"Beside the raw read of every byte where it belongs: {spread(summaries['x_apart'], 'x')}.",
                 f"Contents right: {summaries['contents_right']} of {len(document['rows'])}.",
                 f"Of dcp.load: {summaries['stock_contents_right']} of {summaries['stock_s']['count']}.",
                 f"O_DIRECT: {'all raw reads' if summaries['direct'] else 'refused here, all was buffered'}.",

@@ -430,7 +430,7 @@ NB_MODULE(_native, m) {
   m.def("survey", &survey, "tensors"_a, "kinds"_a, "exchange_api"_a, "forms"_a = false,
         "storages"_a = false);
   m.def("columns", &columns, "objects"_a, "names"_a, "absent"_a, "empty"_a);
-  m.def("column", &column, "dicts"_a, "kind"_a);
+  m.def("entries_of", &entries_of, "dicts"_a, "kind"_a);
   m.def("identities", &identities, "objects"_a);
 
   nb::module_ f = m.def_submodule("faults", "Faults on demand, for tests.");

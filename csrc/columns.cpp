@@ -139,7 +139,7 @@ nb::object columns(nb::list objects, nb::tuple names, nb::tuple absent, nb::tupl
   return nb::make_tuple(kinds, made);
 }
 
-nb::object column(nb::list dicts, nb::handle kind) {
+nb::object entries_of(nb::list dicts, nb::handle kind) {
   struct Entry {
     PyObject *key, *value;  // the dictionaries', which nothing here changes
   };

@@ -1,4 +1,4 @@
-// Thousands of dictionaries read at once. Lists that are handed over must be the caller's own.
+// Thousands of objects and their dictionaries, read at once. Lists that are handed over must be the caller's own.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -9,8 +9,8 @@ namespace asyncckpt {
 nanobind::object columns(nanobind::list objects, nanobind::tuple names, nanobind::tuple absent,
                          nanobind::tuple empty);
 
-// Many dictionaries as one column. See asyncckpt/_native.pyi.
-nanobind::object column(nanobind::list dicts, nanobind::handle kind);
+// What is in many dictionaries. See asyncckpt/_native.pyi.
+nanobind::object entries_of(nanobind::list dicts, nanobind::handle kind);
 
 // What tells objects apart while they are alive. See asyncckpt/_native.pyi.
 nanobind::bytes identities(nanobind::list objects);

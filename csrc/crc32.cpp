@@ -81,6 +81,17 @@ constexpr uint32_t power_of_x(uint64_t n) {
   return power;
 }
 
+// Appending n bytes multiplies what came before by x^(8n).
+template <typename Times>
+constexpr uint32_t combine(Times times, uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b) {
+  for (size_t k = 3; nbytes_b != 0; nbytes_b >>= 1, ++k)
+    if (nbytes_b & 1) crc_a = times(kPowers[k % kPowers.size()], crc_a);
+  return crc_a ^ crc_b;
+}
+
+static_assert(combine(multiply, 0x9BE3E0A3 /* "1234" */, 0x131DA070 /* "56789" */, 5) ==
+              0xCBF43926);
+
 // What a 64-bit half of a lane is multiplied with to move it: x^n mod P, shifted by one because the
 // carry-less product of two reflected numbers comes out one bit short.
 constexpr int64_t fold_constant(uint64_t n) { return static_cast<int64_t>(power_of_x(n)) << 1; }
@@ -334,14 +345,9 @@ uint32_t crc32_copy(uint32_t crc, void* to, const void* data, size_t nbytes) {
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t nbytes_b) {
   if (crc_a == 0) return crc_b;  // as of nothing
 #ifdef ASYNCCKPT_HAVE_CLMUL
-  const auto times = has_clmul() ? multiply_clmul : multiply;
-#else
-  const auto times = multiply;
+  if (has_clmul()) return combine(multiply_clmul, crc_a, crc_b, nbytes_b);
 #endif
-  // Appending n bytes multiplies what came before by x^(8n).
-  for (size_t k = 3; nbytes_b != 0; nbytes_b >>= 1, ++k)
-    if (nbytes_b & 1) crc_a = times(kPowers[k % kPowers.size()], crc_a);
-  return crc_a ^ crc_b;
+  return combine(multiply, crc_a, crc_b, nbytes_b);
 }
 
 bool crc32_goes_along() {

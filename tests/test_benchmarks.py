@@ -161,7 +161,7 @@ def test_loads_are_verified_and_paired_with_raw_reads_in_either_order(results: P
     document = json.loads((results / "load.json").read_text())
     rows = document["rows"]
     assert len(rows) == 2 * document["config"]["rounds"]
-    assert [row["first"] for row in rows[:2]] == ["ours", "raw"]
+    assert [row["first"] for row in rows[:2]] == ["apart", "raw"]
     assert {row["contents"] for row in (*rows, *document["stock_rows"])} == {"right"}
     for row in rows:
         assert list(row["phases"]) == ["listed", "parsed", "matched", "read", "applied"]
@@ -173,7 +173,7 @@ def test_saves_are_verified_and_paired_with_raw_writes_in_either_order(results: 
     document = json.loads((results / "write.json").read_text())
     rows = document["rows"]
     assert len(rows) == 2 * document["config"]["rounds"]
-    assert [row["first"] for row in rows[:2]] == ["ours", "raw"]
+    assert [row["first"] for row in rows[:2]] == ["apart", "raw"]
     assert {row["contents"] for row in rows} == {"right"}
     assert all(row["raw"]["nbytes"] >= document["config"]["nbytes"] for row in rows)
     assert all(0 < row["reported_s"] <= row["ours_s"] for row in rows)
@@ -226,19 +226,40 @@ def test_raw_writes_and_reads_move_every_byte(
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks.raw_disk import BLOCK_NBYTES, RawDisk
 
-    disk = RawDisk(tmp_path, nbytes)
+    disk = RawDisk(tmp_path, [nbytes, nbytes])
     path = disk.keep(tmp_path / "kept", nbytes)
     kept = path.read_bytes()
     assert len(kept) == nbytes
     assert all(kept[at] == kept[at - BLOCK_NBYTES] for at in range(BLOCK_NBYTES, nbytes, 4095))
-    assert disk.direct(nbytes, spread=True).nbytes == -(-nbytes // 4096) * 4096
-    disk._spread[:] = bytes(len(disk._spread))
+    whole = -(-nbytes // 4096) * 4096
+    assert disk._write(tmp_path / "apart", whole, disk._apart) in (True, False)
+    written = (tmp_path / "apart").read_bytes()
+    assert written == disk._apart[:whole]
+    assert nbytes <= BLOCK_NBYTES or written[:4096] != written[BLOCK_NBYTES : BLOCK_NBYTES + 4096]
+    assert disk.direct(nbytes, apart=True).nbytes == whole
+    disk._apart[:] = bytes(len(disk._apart))
     assert disk.read([path, path]).nbytes == 2 * nbytes
-    assert not any(disk._spread)
-    assert disk.read([path], spread=True).nbytes == nbytes
-    assert disk._spread[:nbytes] == kept
+    assert not any(disk._apart)
+    assert disk.read([path, path], apart=True).nbytes == 2 * nbytes
+    second = -(-nbytes // BLOCK_NBYTES) * BLOCK_NBYTES
+    assert disk._apart[:nbytes] == disk._apart[second : second + nbytes] == kept
     with pytest.raises(OSError, match="bytes read where"):
-        disk.read([path, path], spread=True)  # there is no memory for so much
+        disk.read([path, path, path], apart=True)  # there is no memory for so much
+    with pytest.raises(ValueError, match="memory for"):
+        disk.direct(len(disk._apart) + 1, apart=True)
+    assert not (tmp_path / "raw").exists()
+
+
+def test_a_raw_transfer_that_fails_in_a_thread_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.raw_disk import _in_threads
+
+    def fail(thread: int) -> None:
+        if thread:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        _in_threads(2, fail)
 
 
 def test_whole_saves_and_loads_are_compared_with_both_kinds_of_raw(results: Path) -> None:
@@ -246,8 +267,8 @@ def test_whole_saves_and_loads_are_compared_with_both_kinds_of_raw(results: Path
         document = json.loads((results / f"{name}.json").read_text())
         for row in document["rows"]:
             raw_s = row["raw"]["seconds"] if name == "write" else row["raw_s"]
-            spread_s = row["spread"]["seconds"] if name == "write" else row["spread_s"]
-            assert (row["ratio"], row["x_spread"]) == (row["ours_s"] / raw_s, row["ours_s"] / spread_s)
+            apart_s = row["apart"]["seconds"] if name == "write" else row["apart_s"]
+            assert (row["ratio"], row["x_apart"]) == (row["ours_s"] / raw_s, row["ours_s"] / apart_s)
             assert row["contents"] == "right"
 
 

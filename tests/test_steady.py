@@ -343,6 +343,34 @@ CHANGES = [
 ]  # fmt: skip
 
 
+def test_a_tensor_and_a_number_change_places(tmp_path: Path, layout: str, again: list[bool]) -> None:
+    """The same keys, and as many tensors of the same forms: under other names."""
+    state = State()
+    root, fresh = tmp_path / "ours", tmp_path / "fresh"
+    with state.checkpointer(root, layout) as checkpointer:
+        for values in state.optimizers["adam"].state.values():
+            values["exp_avg_sq"] = 7
+        for _ in range(3):
+            compare(state, checkpointer, root, fresh, layout)
+        for values in state.optimizers["adam"].state.values():
+            values["exp_avg"], values["exp_avg_sq"] = values["exp_avg_sq"], values["exp_avg"]
+        for _ in range(3):
+            compare(state, checkpointer, root, fresh, layout)
+        assert again == [True, True, True, True]  # not asked where they changed places
+
+
+@pytest.mark.parametrize("other", [2.5, None, "text", [1, 2], nn.Parameter(torch.ones(2))], ids=type)
+def test_a_number_becomes_something_else(tmp_path: Path, layout: str, other: Any) -> None:
+    state = State()
+    root, fresh = tmp_path / "ours", tmp_path / "fresh"
+    with state.checkpointer(root, layout) as checkpointer:
+        for value in (7, other, 7, other):
+            for values in state.optimizers["adam"].state.values():
+                values["exp_avg_sq"] = value
+            for _ in range(2):
+                compare(state, checkpointer, root, fresh, layout)
+
+
 @pytest.mark.parametrize("change", sorted(CHANGES, key=lambda one: one.__name__))
 def test_a_change_between_two_saves(
     tmp_path: Path, layout: str, change: Callable[[State], None], again: list[bool]

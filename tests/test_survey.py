@@ -13,7 +13,7 @@ import torch
 
 from asyncckpt import survey as survey_room
 from asyncckpt.sections.walk import Walker
-from asyncckpt.survey import NotSurveyedError, column, columns, identities, survey
+from asyncckpt.survey import NotSurveyedError, columns, entries_of, identities, survey
 
 surveyed = pytest.mark.skipif(
     survey_room._EXCHANGE_API is None, reason="this torch has no table of functions to ask tensors by"
@@ -75,7 +75,7 @@ class Subclass(torch.Tensor):
 
 
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 100])
-def test_a_column_is_what_the_dictionaries_have(count: int) -> None:
+def test_entries_are_what_the_dictionaries_have(count: int) -> None:
     values = [torch.zeros(1), None, 3, torch.nn.Parameter(torch.zeros(1)), torch.zeros(2), Subclass(2)]
     dicts: list[dict[Any, Any]] = [
         {f"k{i}" if i % 2 else i: values[(number + i) % 6] for i in range(number % 7)}
@@ -83,7 +83,7 @@ def test_a_column_is_what_the_dictionaries_have(count: int) -> None:
     ]
     for one in dicts[::3]:
         one.pop("k1", None)  # a hole in its table
-    found = column(dicts, torch.Tensor)
+    found = entries_of(dicts, torch.Tensor)
     assert found is not None
     lengths, keys, are_tensors, tensors, others = found
     assert np.frombuffer(lengths, np.int64).tolist() == list(map(len, dicts))
@@ -98,11 +98,11 @@ def test_a_column_is_what_the_dictionaries_have(count: int) -> None:
 
 @pytest.mark.parametrize("place", [0, 40])
 @pytest.mark.parametrize("odd", [OrderedDict(a=1), SimpleNamespace(a=1), None])
-def test_what_is_no_plain_dictionary_is_in_no_column(place: int, odd: Any) -> None:
+def test_entries_are_of_plain_dictionaries_alone(place: int, odd: Any) -> None:
     dicts: list[Any] = [{"a": 1} for _ in range(50)]
-    assert column(dicts, int) is not None
+    assert entries_of(dicts, int) is not None
     dicts[place] = odd
-    assert column(dicts, int) is None
+    assert entries_of(dicts, int) is None
 
 
 @surveyed
@@ -192,8 +192,8 @@ def test_nothing_keeps_a_reference() -> None:
     def ask() -> None:
         survey(tensors, forms=True, storages=True)
         columns(objects, ("own",), ("absent",), ("hooks",))
-        column([one.own for one in objects], torch.Tensor)
-        assert column([*(one.own for one in objects), None], torch.Tensor) is None
+        entries_of([one.own for one in objects], torch.Tensor)
+        assert entries_of([*(one.own for one in objects), None], torch.Tensor) is None
         identities(tensors)
         with pytest.raises(KeyError):
             columns(objects, ("own", "another"), (), ())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..errors import LeafError
 from ..formats.inert import brief
-from ..survey import column, identities
+from ..survey import entries_of, identities
 from ..tree import Matching, StoredTensor, describe, fits
 from . import SteadyBranch, SteadyPart
 
@@ -48,16 +50,16 @@ class OptimizerSection:
 
     def steady(self) -> SteadyBranch | None:
         params = [[*group["params"]] for group in self.optimizer.param_groups]
-        values = list(self.optimizer.state.values())
-        found = column(values, torch.Tensor)
+        owners, values = list(self.optimizer.state), list(self.optimizer.state.values())
+        found = entries_of(values, torch.Tensor)
         if not values or found is None:
             return None
-        *form, tensors, others = found
+        lengths, keys, are_tensors, tensors, others = found
         # Of parameters, the addresses of the objects do, while they are alive; those with names always are.
-        shape = (list(map(identities, params)), identities(list(self.optimizer.state)), form)
+        shape = (list(map(identities, params)), identities(owners), lengths, keys, are_tensors)
         seen = self._seen
         if seen is None or seen.shape != shape or any(one() is None for one in seen.alive):
-            seen = self._look(shape, params, values)
+            seen = self._look(shape, params, owners, lengths, keys, are_tensors)
             if seen is None:
                 return None
             self._seen = seen
@@ -78,21 +80,26 @@ class OptimizerSection:
         return SteadyBranch([SteadyPart("state.", seen.names, tensors)], rest, [])
 
     def _look(
-        self, shape: object, params: list[list[torch.Tensor]], values: list[dict[str, Any]]
+        self,
+        shape: object,
+        params: list[list[torch.Tensor]],
+        owners: list[torch.Tensor],
+        lengths: bytes,
+        keys: list[Any],
+        are_tensors: bytes,
     ) -> _Seen | None:
         called = self._named()
-        if not all(param in called for param in self.optimizer.state):
-            return None  # capture says what is wrong
+        if not all(owner in called for owner in owners) or not all(type(key) is str for key in keys):
+            return None  # capture says what is wrong; a mapping with other keys is one leaf
         names: list[str] = []
         others: list[tuple[str, str | None]] = []
-        for param, of_param in zip(self.optimizer.state, values, strict=True):
-            name = called[param]
-            if not of_param:
+        entries = iter(zip(keys, are_tensors, strict=True))
+        for owner, length in zip(owners, np.frombuffer(lengths, np.int64).tolist(), strict=True):
+            name = called[owner]
+            if not length:
                 others.append((name, None))
-            for key, value in of_param.items():
-                if type(key) is not str:
-                    return None  # then the mapping is one leaf
-                if type(value) is torch.Tensor:
+            for key, is_tensor in islice(entries, length):
+                if is_tensor:
                     names.append(f"{name}.{key}")
                 else:
                     others.append((name, key))
