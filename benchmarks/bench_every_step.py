@@ -7,16 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import every_step
-from benchmarks.results import Options
 
-pytestmark = [pytest.mark.timeout(3600), pytest.mark.filterwarnings("ignore")]  # as in bench_stall.py
-
-
-@pytest.fixture(scope="module")
-def document(options: Options) -> dict[str, Any]:
-    result = every_step.run(options)
-    options.write("every_step", result)
-    return result
+pytestmark = pytest.mark.timeout(3600)  # as in bench_stall.py
 
 
 @pytest.mark.parametrize("what", ["seconds", "quiet_s", "raw_s"])

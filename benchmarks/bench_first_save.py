@@ -7,16 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import first_save
-from benchmarks.results import Options
 
-pytestmark = [pytest.mark.timeout(3600), pytest.mark.filterwarnings("ignore")]  # as in bench_stall.py
-
-
-@pytest.fixture(scope="module")
-def document(options: Options) -> dict[str, Any]:
-    result = first_save.run(options)
-    options.write("first_save", result)
-    return result
+pytestmark = pytest.mark.timeout(3600)  # as in bench_stall.py
 
 
 @pytest.mark.parametrize("when", first_save.WHEN)

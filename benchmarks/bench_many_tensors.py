@@ -7,16 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import many_tensors
-from benchmarks.results import Options
 
-pytestmark = [pytest.mark.timeout(3600), pytest.mark.filterwarnings("ignore")]  # as in bench_stall.py
-
-
-@pytest.fixture(scope="module")
-def document(options: Options) -> dict[str, Any]:
-    result = many_tensors.run(options)
-    options.write("many_tensors", result)
-    return result
+pytestmark = pytest.mark.timeout(3600)  # as in bench_stall.py
 
 
 @pytest.mark.parametrize("saver", many_tensors.SAVERS)

@@ -7,19 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import stall
-from benchmarks.results import Options
 
-pytestmark = [
-    pytest.mark.timeout(3600),  # seconds; a full run takes minutes
-    pytest.mark.filterwarnings("ignore"),  # of torch's insides, on threads of the peers
-]
-
-
-@pytest.fixture(scope="module")
-def document(options: Options) -> dict[str, Any]:
-    result = stall.run(options)
-    options.write("stall", result)
-    return result
+pytestmark = pytest.mark.timeout(3600)  # seconds; a full run takes minutes
 
 
 @pytest.mark.parametrize("what", ["blocked_s", "durable_s"])

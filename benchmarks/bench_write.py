@@ -7,16 +7,8 @@ from typing import Any
 import pytest
 
 from benchmarks import write
-from benchmarks.results import Options
 
-pytestmark = [pytest.mark.timeout(3600), pytest.mark.filterwarnings("ignore")]  # as in bench_stall.py
-
-
-@pytest.fixture(scope="module")
-def document(options: Options) -> dict[str, Any]:
-    result = write.run(options)
-    options.write("write", result)
-    return result
+pytestmark = pytest.mark.timeout(3600)  # as in bench_stall.py
 
 
 @pytest.mark.parametrize("what", ["raw", "buffered", "ours"])

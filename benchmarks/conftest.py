@@ -1,9 +1,17 @@
-"""`make bench`: each script runs once; pytest-benchmark shows and stores its samples."""
+"""`make bench`: each script runs once, in a process of its own; pytest-benchmark shows and stores its samples.
+
+Of its own, because what others have left in a process is not what is to be measured:
+docs/notes/2026-11-27-python-that-is-slow-in-a-long-process.md.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -49,6 +57,19 @@ def options(pytestconfig: pytest.Config) -> Iterable[Options]:
     yield made
     page = machine.ROOT / "docs" / "benchmarks.md" if made.out == RESULTS else made.out / "benchmarks.md"
     render(made.out, page)
+
+
+@pytest.fixture(scope="module")
+def document(options: Options, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What the script of this module, stall.py of bench_stall.py, measured.
+
+    What it said is shown if it fails.
+    """
+    name = request.module.__name__.rpartition("bench_")[2]
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options.arguments()]
+    subprocess.run(command, cwd=machine.ROOT, check=True)
+    found: dict[str, Any] = json.loads(options.result(name).read_text())
+    return found
 
 
 @pytest.fixture

@@ -78,6 +78,15 @@ class Options:
         given = parser.parse_args(arguments)
         return cls.make(directory=given.dir, out=given.out, tiny=given.tiny, rounds=given.rounds)
 
+    def arguments(self) -> list[str]:
+        """The command line that `parse` makes the same of, wherever it is started."""
+        given = ["--dir", str(self.directory.resolve()), "--out", str(self.out.resolve())]
+        if self.tiny:
+            given.append("--tiny")
+        if self.rounds is not None:
+            given += ["--rounds", str(self.rounds)]
+        return given
+
     @contextlib.contextmanager
     def scratch(self, needed_bytes: int) -> Iterator[Path]:
         """A new directory, gone afterwards. Exits if it would be too small."""
@@ -89,10 +98,14 @@ class Options:
         finally:
             shutil.rmtree(path, ignore_errors=True)
 
+    def result(self, name: str) -> Path:
+        """Where a benchmark's document is, or will be."""
+        return self.out / f"{name}.json"
+
     def write(self, name: str, document: dict[str, Any]) -> Path:
         """Keep a result."""
         self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / f"{name}.json"
+        path = self.result(name)
         path.write_text(json.dumps(document, indent=1) + "\n")
         return path
 
