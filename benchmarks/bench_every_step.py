@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks import every_step
-
 pytestmark = pytest.mark.timeout(3600)  # as in bench_stall.py
 
 

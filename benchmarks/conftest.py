@@ -1,7 +1,7 @@
-"""`make bench`: each script runs once, in a process of its own; pytest-benchmark shows and stores its samples.
+"""`make bench`: each script runs once, pytest-benchmark shows and stores its samples.
 
-Of its own, because what others have left in a process is not what is to be measured:
-docs/notes/2026-11-27-python-that-is-slow-in-a-long-process.md.
+In a process of its own, as by hand: what other scripts and their peers leave in a process is not what is to
+be measured (docs/notes/2026-11-27-python-that-is-slow-in-a-long-process.md).
 """
 
 from __future__ import annotations

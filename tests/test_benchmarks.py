@@ -436,6 +436,36 @@ def test_a_command_line_that_makes_no_sense_is_refused(
         Options.parse("benchmark", ["--dir", str(tmp_path / "file"), "--tiny"])
 
 
+def test_options_are_the_same_in_a_process_of_another_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.results import Options
+
+    monkeypatch.chdir(tmp_path)
+    given = Options.make(directory=Path("scratch"), out=Path("out"), tiny=True, rounds=3).arguments()
+    monkeypatch.chdir(ROOT)
+    told = Options.parse("benchmark", given)
+    assert told == Options(tmp_path / "scratch", tmp_path / "out", tiny=True, rounds=3)
+    full = Options(tmp_path, tmp_path, tiny=False, rounds=None)
+    monkeypatch.setattr("benchmarks.machine.refuse_memory", lambda directory: None)
+    assert Options.parse("benchmark", full.arguments()) == full
+
+
+def test_a_script_that_fails_fails_the_run_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "write.json").write_text("{}")  # of a run before, it must not pass for this one's
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_write.py",
+            "--benchmark-only", "--tiny", "--bench-dir=/proc/nowhere", f"--bench-out={tmp_path}",
+        ],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "No such file or directory: '/proc/nowhere'" in done.stdout
+    assert " passed" not in done.stdout
+
+
 def test_scale_runs_and_its_page_is_made_of_its_results(tmp_path: Path) -> None:
     run("benchmarks.scale", "--tiny", "--out", str(tmp_path), "--rounds", "2")
     document = json.loads((tmp_path / "scale.json").read_text())
