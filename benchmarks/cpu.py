@@ -58,6 +58,7 @@ def run(options: Options) -> dict[str, Any]:
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
     rounds = options.rounds_or(12)
+    peer_rounds = min(rounds, _PEER_ROUNDS)
     ours = Asyncckpt(OURS, workload, scratch / "ours", workload.nbytes + (64 << 20))
     lineup = Lineup([ours], workload, scratch)
     disk = RawDisk(scratch)
@@ -65,8 +66,10 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     raw_rows: list[dict[str, Any]] = []
     copy_rows: list[dict[str, Any]] = []
     try:
-        for number in range(rounds + 1):  # the first warms up
-            for saver in lineup.turns(number, with_peers=number <= _PEER_ROUNDS):
+        for number in range(rounds + 1):  # the first warms up ours; peers come warm, for the last ones
+            if number == rounds - peer_rounds + 1:
+                lineup.invite()
+            for saver in lineup.turns(number):
                 found = lineup.measure(saver, partial(_measure, workload, saver, number + 1))
                 if found is None:
                     continue
@@ -98,7 +101,7 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
             "nbytes": workload.nbytes,
             "raw_threads": RAW_THREADS,
             "rounds": rounds,
-            "peer_rounds": min(rounds, _PEER_ROUNDS),
+            "peer_rounds": peer_rounds,
         },
         "targets": [target("processor time per GiB", "checksums included", "s", TARGET_S_PER_GIB, measured)],
         "cannot_run": lineup.cannot_run,

@@ -25,7 +25,7 @@ _CLOSE_DEADLINE_S = 20.0
 
 
 class Lineup:
-    """Ours, and the peers that can run here.
+    """Ours, and from `invite()` on the peers that can run here.
 
     A peer that is not installed, fails or does not answer in time is out, with the reason in `cannot_run`.
     One of ours that fails raises.
@@ -37,10 +37,14 @@ class Lineup:
         self.cannot_run: dict[str, str] = {}
         self._workload = workload
         self._ours = list(ours)
+        self._directory = directory
         self._peers: list[Saver] = []
+
+    def invite(self) -> None:
+        """Make the peers; each saves once. Until now ours had the process for themselves."""
         for index, (name, make) in enumerate(PEERS.items()):
             with self._trying(name, DEADLINE_S):
-                saver = make(name, workload, directory / f"peer-{index}")
+                saver = make(name, self._workload, self._directory / f"peer-{index}")
                 self._peers.append(saver)
                 saver.save(0).wait()
                 saver.delete(0)
@@ -50,10 +54,10 @@ class Lineup:
         """Those still in the run."""
         return [*self._ours, *self._peers]
 
-    def turns(self, number: int, with_peers: bool = True) -> list[Saver]:
+    def turns(self, number: int) -> list[Saver]:
         """Who saves in a round, in an order that chance has made, the same in every run: whom a saver
         follows changes from round to round."""
-        order = self.savers if with_peers else list(self._ours)
+        order = self.savers
         random.Random(number).shuffle(order)
         return order
 

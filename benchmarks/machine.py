@@ -63,6 +63,25 @@ def require_room(directory: Path, needed_bytes: int) -> None:
         )
 
 
+class Stolen:
+    """What of the machine's processors it is not given from now on, though there is something to do: a
+    virtual machine shares them with others. By proc(5), stat, which counts hundredths of a second."""
+
+    def __init__(self) -> None:
+        self._before = self._so_far()
+
+    def share(self) -> float:
+        """Of all processors since then."""
+        stolen, all_ticks = (now - before for now, before in zip(self._so_far(), self._before, strict=True))
+        return stolen / all_ticks if all_ticks else 0.0
+
+    @staticmethod
+    def _so_far() -> tuple[int, int]:
+        # user, nice, system, idle, iowait, irq, softirq, steal; what guests have is in user already.
+        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return ticks[7], sum(ticks)
+
+
 def available_bytes() -> int:
     """What new processes can have without swapping, by proc(5), meminfo."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)

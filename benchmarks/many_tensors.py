@@ -2,8 +2,9 @@
 
 The same bytes in ever more leaves: what training waits for must be the work of a copy, not of a loop over
 leaves. Each save is measured as in stall.py, training goes on, and what was saved is compared with the
-state at the call. The more leaves, the longer peers take, and whoever reads back what was saved: the fewer
-rounds there are, and for a peer only one if a save takes very long.
+state at the call. First ours alone, as in stall.py; then the peers too. The more leaves, the longer peers
+take, and whoever reads back what was saved: the fewer rounds there are, and for a peer only one if a save
+takes very long.
 
     blocked     seconds inside save(), and in the optimizer's hooks afterwards, as in stall.py
 
@@ -25,7 +26,7 @@ from .lineup import Lineup
 from .peers import PEERS
 from .results import Options, best_peer_target, summary, target
 from .savers import Asyncckpt, AsyncckptMegatron, Saver
-from .stall import measure
+from .stall import MEASURED, measure, phases, summaries, verdicts
 from .workload import Size, Workload
 
 DCP, MEGATRON = "asyncckpt", "asyncckpt, megatron"
@@ -40,8 +41,7 @@ _ARENA_BYTES = 128 << 20  # twice the state: here, nothing is to wait for the di
 class Scale:
     """A state of some leaves (four for each weight), and how long a save of it may block.
 
-    `rounds` is how often it is saved at most, `peer_rounds` how often by peers: the more leaves, the longer
-    peers take, and whoever reads back what was saved.
+    `rounds` is how often ours save it before there are peers, `peer_rounds` how often all do at most.
     """
 
     size: Size
@@ -56,8 +56,8 @@ class Scale:
 
 FULL = (  # 64 MiB each
     Scale(Size(weights=64, rows=256, columns=341, compute_s=0.05), target_s=0.005, rounds=10, peer_rounds=10),
-    Scale(Size(weights=1024, rows=64, columns=85, compute_s=0.05), target_s=0.010, rounds=6, peer_rounds=6),
-    Scale(Size(weights=12_500, rows=8, columns=56, compute_s=0.05), target_s=0.060, rounds=4, peer_rounds=2),
+    Scale(Size(weights=1024, rows=64, columns=85, compute_s=0.05), target_s=0.010, rounds=10, peer_rounds=6),
+    Scale(Size(weights=12_500, rows=8, columns=56, compute_s=0.05), target_s=0.060, rounds=6, peer_rounds=2),
 )
 TINY = (
     Scale(Size(weights=2, rows=64, columns=64, compute_s=0.005), target_s=0.005, rounds=2, peer_rounds=2),
@@ -82,19 +82,20 @@ def run(options: Options) -> dict[str, Any]:
                 found, cannot_run = _measure(options, scale, workload, scratch)
         finally:
             workload.close()
-        summaries = {
-            saver: _summarise(found, saver) for saver in SAVERS if any(row["saver"] == saver for row in found)
-        }
+        alone, beside = (
+            _summaries([row for row in found if row["alone"] == which]) for which in (True, False)
+        )
         sizes.append(
             {
                 "leaves": scale.leaves,
                 "rounds": options.rounds_or(scale.rounds),
-                "peer_rounds": scale.peer_rounds,
+                "peer_rounds": options.rounds_or(scale.peer_rounds),
                 "nbytes": workload.nbytes,
-                "summary": summaries,
+                "alone": alone,
+                "summary": beside,
             }
         )
-        targets += _targets(scale, summaries, found)
+        targets += _targets(scale, alone, found)
         # The fewest leaves that it could not save.
         cannot = {saver: f"{scale.leaves:,} leaves: {why}" for saver, why in cannot_run.items()} | cannot
         rows += found
@@ -115,12 +116,15 @@ def _measure(
         AsyncckptMegatron(MEGATRON, workload, scratch / "megatron", _ARENA_BYTES),
     ]
     lineup = Lineup(ours, workload, scratch)
-    rounds = options.rounds_or(scale.rounds)
+    alone_rounds = options.rounds_or(scale.rounds)
+    rounds = alone_rounds + options.rounds_or(scale.peer_rounds)
     slow: set[str] = set()
     rows: list[dict[str, Any]] = []
     try:
         for number in range(rounds + 1):  # the first warms up ours; peers come warm
-            for saver in lineup.turns(number, with_peers=1 <= number <= scale.peer_rounds):
+            if number == alone_rounds + 1:
+                lineup.invite()
+            for saver in lineup.turns(number):
                 if saver.name in slow:
                     continue
                 found = lineup.measure(saver, partial(measure, workload, saver, number + 1))
@@ -128,7 +132,9 @@ def _measure(
                     continue
                 if saver not in ours and found["durable_s"] > _SLOW_S:
                     slow.add(saver.name)
-                row = {"leaves": scale.leaves, "round": number, **found}
+                row = {
+                    "leaves": scale.leaves, "round": number, "alone": number <= alone_rounds, **found
+                }  # fmt: skip
                 print(
                     f"many_tensors {scale.leaves} {number}/{rounds} {saver.name}: "
                     f"blocked {row['blocked_s'] * 1e3:.1f} ms, contents {row['contents']}",
@@ -141,24 +147,26 @@ def _measure(
     return lineup.kept(rows), lineup.cannot_run
 
 
+def _summaries(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each saver that is there."""
+    there = {row["saver"] for row in rows}
+    return {saver: _summarise(rows, saver) for saver in SAVERS if saver in there}
+
+
 def _summarise(rows: list[dict[str, Any]], saver: str) -> dict[str, Any]:
     of_saver = [row for row in rows if row["saver"] == saver]
     dcp_s = {row["round"]: row["blocked_s"] for row in rows if row["saver"] == DCP}
-    result: dict[str, Any] = {
-        key: summary(row[key] for row in of_saver)
-        for key in ("blocked_s", "call_s", "fence_s", "idle_fence_s", "durable_s")
-    }
+    result: dict[str, Any] = summaries(of_saver, MEASURED)
     result["x_dcp"] = summary(row["blocked_s"] / dcp_s[row["round"]] for row in of_saver)
-    result["contents_right"] = sum(row["contents"] == "right" for row in of_saver)
-    result["contents_wrong"] = sorted({row["contents"] for row in of_saver} - {"right"})
-    return result
+    return result | verdicts(of_saver) | phases(of_saver)
 
 
-def _targets(scale: Scale, summaries: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _targets(scale: Scale, alone: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours of the rounds before there were peers; beside the best peer those with them."""
     where = f"{scale.leaves:,} leaves"
-    megatron = summaries[MEGATRON]["x_dcp"]
+    megatron = alone[MEGATRON]["x_dcp"]
     return [
-        target("blocked per save", f"{where}, layout dcp", "s", scale.target_s, summaries[DCP]["blocked_s"]),
+        target("blocked per save", f"{where}, layout dcp", "s", scale.target_s, alone[DCP]["blocked_s"]),
         best_peer_target(f"{where}, layout dcp", BEST_PEER_TARGET_RATIO, rows, DCP, PEERS),
         target(
             "blocked beside layout dcp", f"{where}, layout megatron", "x", MEGATRON_TARGET_RATIO, megatron

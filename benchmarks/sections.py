@@ -7,21 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cells import bullets, size, spread, table, value
-from .results import summary
 
 _GIB = 1 << 30
 _HOW_STALL = """
 **How.** {state}: {weights} weights of {rows} x {columns} in float32, both moments of AdamW and a step
 counter each, {tensors} tensors in all. A training step is {compute_ms:.0f} ms of matmul on one thread, then a
-fused AdamW step over every weight; {step_ms:.0f} ms when nothing is being saved. In each of {rounds} rounds,
-after one to warm up, every saver in turn, in an order that chance has made; peers in the first {peer_rounds}
-only. A turn is a few quiet steps, a save, steps until that save is durable, quiet steps again. By then every
-tensor has changed; the files are read back with what the saver's users read them with, compared bit for bit
-with the state at the call, and deleted. Beside each save, before it in one round and after it in the next, as
-many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one new preallocated file,
-fsync; training is idle then. Once in a round as many are written raw while training goes on, by threads of
-the same process: what it costs the steps that something is written at all. A peer that does not answer in
-time is out.
+fused AdamW step over every weight; {step_ms:.0f} ms when nothing is being saved. {rounds} rounds, after one
+to warm up, are of ours alone: the process has made no peer yet. These are what training loses to us, and the
+absolute targets are about them. Then the peers are made, and {peer_rounds} rounds are of everybody: these are
+how we compare, and the best peer's target is about them. In each round every saver in turn, in an order that
+chance has made. A turn is a few quiet steps, a save, steps until that save is durable, quiet steps again. By
+then every tensor has changed; the files are read back with what the saver's users read them with, compared
+bit for bit with the state at the call, and deleted. Beside each save, before it in one round and after it in
+the next, as many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one new
+preallocated file, fsync; training is idle then. Once in a round of ours alone as many are written raw while
+training goes on, by threads of the same process: what it costs the steps that something is written at all. A
+peer that does not answer in time is out.
 
 - *Blocked*: the time inside the call, and what optimizer hooks made the step wait afterwards, both timed
   from outside, less what those hooks take in a quiet step ({idle_us:.0f} us): all our checkpointers stay in
@@ -31,23 +32,27 @@ time is out.
   durable: what the steps that began in that time took beyond quiet ones, by the rest of that time. Waits in
   hooks are in *blocked*, not here. Nothing is said where that time is less than half a quiet step.
 - *x ours*: blocked, beside the first line's save of the same round.
+- *Stolen*: the share of the machine's processors that it was not given during a turn, though there was
+  something to do: the machine is virtual, and shares them.
 - *Lost*: all of it: from the call to the end of the last of those steps, less as many quiet steps.
 - *Durable*: from the call until files and their fsync are done; ours as its report says. Where the peer
   knows no fsync, a thread of the benchmark adds it.
 """
 _HOW_PHASES = """
-What blocked, as measured and as `SaveReport` has it; then the time from the call to each phase. A call that
-takes longer than its thread was on a processor has waited (the two are told by different clocks, which need
-not agree to a per cent); switches count how often it left the processor, and page faults how often memory was
-not there.
+In the rounds of ours alone: what blocked, as measured and as `SaveReport` has it; then the time from the call
+to each phase. A call that takes longer than its thread was on a processor has waited (the two are told by
+different clocks, which need not agree to a per cent); switches count how often it left the processor, and
+page faults how often memory was not there.
 """
 _HOW_MANY_TENSORS = """
 **How.** Saves under training as above, of states that have about the same bytes in ever more leaves: four for
-each weight. The more leaves, the longer peers take, and whoever reads back what was saved: so there are
-{rounds} rounds after one to warm up, and {peer_rounds} for peers, which get no other once a save took more
-than {slow_s:.0f} s. The host memory is {arena}, so that nothing waits for the disk. *Blocked* is as above,
-without what hooks take in a quiet step: {idle_us} us; *x layout dcp* compares saves of one round. Contents
-are compared after training changed every tensor.
+each weight. Here too some rounds are of ours alone, before the process makes any peer, and the absolute
+targets are about these; the best peer's is about the others. The more leaves, the longer peers take, and
+whoever reads back what was saved: so there are {rounds} rounds of ours alone, after one to warm up, and
+{peer_rounds} of everybody; a peer gets no other once a save took more than {slow_s:.0f} s. The host memory is
+{arena}, so that nothing waits for the disk. *Blocked* is as above, without what hooks take in a quiet step:
+{idle_us} us; *x layout dcp* compares saves of one round; *stolen* is as above. Contents are compared after
+training changed every tensor.
 """
 _HOW_WRITE = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
@@ -77,7 +82,7 @@ raw.
 """
 _HOW_CPU = """
 **How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn, in an order
-that chance has made, saves {state}; peers in the first {peer_rounds} only. What all threads of the process
+that chance has made, saves {state}; peers in the last {peer_rounds} only. What all threads of the process
 spend on processors, user and system, from the call until durable, is the save's, and what processes beside it
 spend that some peers write with. Our checksums are in it; the peers make none. What the kernel writes back on
 threads of its own, for whoever writes through the page cache, is in nobody's account: it flatters the peers.
@@ -122,8 +127,7 @@ weight by weight, so that there is never a second one in memory.
 def _stall(document: dict[str, Any]) -> list[str]:
     config, summaries = document["config"], document["summary"]
     weights, rows, columns = config["weights"]
-    ours = next(iter(summaries.values()))
-    raw = document["beside_raw"]
+    alone, raw = document["alone"], document["beside_raw"]
     return [
         _HOW_STALL.format(
             state=size(config["nbytes"]),
@@ -133,28 +137,16 @@ def _stall(document: dict[str, Any]) -> list[str]:
             tensors=config["tensors"],
             compute_ms=config["compute_s"] * 1e3,
             step_ms=config["step_s"] * 1e3,
-            idle_us=ours["idle_fence_s"]["median"] * 1e6,
+            idle_us=_idle_us(alone),
             rounds=config["rounds"],
             peer_rounds=config["peer_rounds"],
             raw_threads=config["raw_threads"],
         ),
-        "### Beside the peers\n",
+        "### Ours alone\n",
         table(
-            ("Saver", "Blocked", "x ours", "Slowdown", "Lost", "Durable", "x paired raw", "Contents right"),
+            _STALL_HEAD,
             (
-                *(
-                    (
-                        name,
-                        spread(one["blocked_s"], "s"),
-                        spread(one["x_ours"], "x"),
-                        spread(one["slowdown"], "%") if "slowdown" in one else "",
-                        spread(one["lost_s"], "s"),
-                        spread(one["durable_s"], "s"),
-                        spread(one["ratio"], "x"),
-                        _contents(one),
-                    )
-                    for name, one in summaries.items()
-                ),
+                *_stall_lines(alone),
                 (
                     "raw writes, nothing saved",
                     "",
@@ -163,15 +155,40 @@ def _stall(document: dict[str, Any]) -> list[str]:
                     spread(raw["lost_s"], "s"),
                     spread(raw["raw_s"], "s"),
                     "",
+                    spread(raw["stolen"], "%"),
                     "",
                 ),
             ),
         ),
+        "### Beside the peers\n",
+        table(_STALL_HEAD, _stall_lines(summaries)),
         bullets(f"*{name}*: {note}." for name, note in config["notes"].items()),
         _cannot_run(document),
         "### Where the time of a save goes\n",
         _HOW_PHASES,
-        _phases({name: one for name, one in summaries.items() if "phases" in one}),
+        _phases(alone),
+    ]
+
+
+_STALL_HEAD = (
+    "Saver", "Blocked", "x ours", "Slowdown", "Lost", "Durable", "x paired raw", "Stolen", "Contents right"
+)  # fmt: skip
+
+
+def _stall_lines(summaries: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [
+        (
+            name,
+            spread(one["blocked_s"], "s"),
+            spread(one["x_ours"], "x"),
+            spread(one["slowdown"], "%") if "slowdown" in one else "",
+            spread(one["lost_s"], "s"),
+            spread(one["durable_s"], "s"),
+            spread(one["ratio"], "x"),
+            spread(one["stolen"], "%"),
+            _contents(one),
+        )
+        for name, one in summaries.items()
     ]
 
 
@@ -183,10 +200,7 @@ def _phases(summaries: dict[str, dict[str, Any]]) -> str:
             ("inside save(), on a processor", "call_cpu_s"),
             ("in the step's fence", "fence_s"),
             ("blocked, reported", "reported_blocked_s"),
-            ("blocked, in rounds with peers", "blocked_beside_peers_s"),
-            ("blocked, in rounds without", "blocked_among_ours_s"),
         )
-        if all(key in one for one in summaries.values())
     ]
     lines += [
         (what, *(spread(one[key], "") for one in summaries.values()))
@@ -251,50 +265,43 @@ def _many_tensors(document: dict[str, Any]) -> list[str]:
             rounds=", ".join(str(scale["rounds"]) for scale in document["sizes"]),
             peer_rounds=", ".join(str(scale["peer_rounds"]) for scale in document["sizes"]),
             slow_s=config["slow_s"],
-            idle_us=", ".join(f"{_idle_s(scale) * 1e6:.0f}" for scale in document["sizes"]),
+            idle_us=", ".join(f"{_idle_us(scale['alone']):.0f}" for scale in document["sizes"]),
             arena=size(config["arena_bytes"]),
         ),
+        "### Ours alone\n",
+        _many_tensors_table(document, "alone"),
         "### Beside the peers\n",
-        table(
-            ("Leaves", "State", "Saver", "Blocked", "x layout dcp", "Durable", "Contents right"),
-            (
-                (
-                    f"{scale['leaves']:,}",
-                    size(scale["nbytes"]),
-                    name,
-                    spread(one["blocked_s"], "s"),
-                    spread(one["x_dcp"], "x"),
-                    spread(one["durable_s"], "s"),
-                    _contents(one),
-                )
-                for scale in document["sizes"]
-                for name, one in scale["summary"].items()
-            ),
-        ),
+        _many_tensors_table(document, "summary"),
         _cannot_run(document),
         "### Where the time of a save goes\n",
-        "As in stall: what blocked, and the time from the call to each phase.\n",
-        *(
-            f"{scale['leaves']:,} leaves:\n\n{_phases(_with_phases(scale, document['rows']))}"
-            for scale in document["sizes"]
-        ),
+        "In the rounds of ours alone, as in stall: what blocked, and the time from the call to each phase.\n",
+        *(f"{scale['leaves']:,} leaves:\n\n{_phases(scale['alone'])}" for scale in document["sizes"]),
     ]
 
 
-def _with_phases(scale: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Summaries of our savers at one number of leaves."""
-    found: dict[str, dict[str, Any]] = {}
-    for name in scale["summary"]:
-        of_saver = [row for row in rows if row["saver"] == name and row["leaves"] == scale["leaves"]]
-        if "phases" in of_saver[0]:
-            keys = ("call_s", "call_cpu_s", "call_faults", "call_switches", "fence_s", "reported_blocked_s")
-            phases = {key: summary(row["phases"][key] for row in of_saver) for key in of_saver[0]["phases"]}
-            found[name] = {**{key: summary(row[key] for row in of_saver) for key in keys}, "phases": phases}
-    return found
+def _many_tensors_table(document: dict[str, Any], which: str) -> str:
+    return table(
+        ("Leaves", "State", "Saver", "Blocked", "x layout dcp", "Durable", "Stolen", "Contents right"),
+        (
+            (
+                f"{scale['leaves']:,}",
+                size(scale["nbytes"]),
+                name,
+                spread(one["blocked_s"], "s"),
+                spread(one["x_dcp"], "x"),
+                spread(one["durable_s"], "s"),
+                spread(one["stolen"], "%"),
+                _contents(one),
+            )
+            for scale in document["sizes"]
+            for name, one in scale[which].items()
+        ),
+    )
 
 
-def _idle_s(scale: dict[str, Any]) -> float:
-    return float(scale["summary"]["asyncckpt"]["idle_fence_s"]["median"])
+def _idle_us(alone: dict[str, dict[str, Any]]) -> float:
+    """What hooks take in a quiet step; those of all ours are called in it."""
+    return float(alone["asyncckpt"]["idle_fence_s"]["median"]) * 1e6
 
 
 def _cannot_run(document: dict[str, Any]) -> str:

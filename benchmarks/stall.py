@@ -2,8 +2,11 @@
 
 Each measurement: quiet steps; save(); steps until the save is durable; quiet steps again; the files are read
 with stock tools and compared with the state at the call, although training changed every tensor meanwhile;
-deleted. A raw write of the same size stands next to each, before and after in turn. Once in a round, as many
+deleted. A raw write of the same size stands next to each, before and after in turn.
+
+First ours alone: what training loses to them, in a process that has no other. Once in such a round, as many
 bytes are written raw beside training, with nothing to save: what the disk's traffic alone costs the steps.
+Then the peers are made, and all take turns: how ours compare.
 
     blocked     inside save(), and what the optimizer's hooks made it wait afterwards; both timed from
                 outside, whatever the saver reports. What the hooks take in a quiet step is not in it: those
@@ -14,6 +17,8 @@ bytes are written raw beside training, with nothing to save: what the disk's tra
                 are in `blocked`, not here. None if that time is less than half a quiet step
     lost        everything: from the call to the end of the last of those steps, less the same number of
                 quiet steps
+    stolen      the share of the machine's processors that it was not given meanwhile, though there was
+                something to do
 
     python -m benchmarks.stall [--tiny] [--dir DISK] [--out DIRECTORY]
 """
@@ -24,7 +29,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -48,12 +53,27 @@ OURS = ("asyncckpt", "asyncckpt, low priority", "asyncckpt, small arena")
 SAVERS = (*OURS, *PEERS)
 _SMALL_PART = 4  # one checkpointer gets a quarter of the state: 256 MiB for 1 GiB
 _QUIET_STEPS = 3  # before a save, and as many after it
-_PEER_ROUNDS = 8  # of ours there are more, since limits are set to them
+_ROUNDS, _PEER_ROUNDS = 20, 8  # more of ours alone, since limits are set to them
+MEASURED = (
+    "blocked_s",
+    "call_s",
+    "call_cpu_s",
+    "call_faults",
+    "call_switches",
+    "fence_s",
+    "idle_fence_s",
+    "reported_blocked_s",
+    "durable_s",
+    "slowdown",
+    "lost_s",
+    "stolen",
+)
 
 
 def measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
     """One save under training. Leaves no files."""
     settle()
+    stolen = machine.Stolen()
     before = _quiet_steps(workload)
     workload.remember()
     workload.all_threads()
@@ -68,6 +88,7 @@ def measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
     report = pending.wait()
     settle()
     quiet = _typical(before, _quiet_steps(workload))
+    stolen_share = stolen.share()
     durable_s = pending.durable_at_s - began_s
     fence_s = sum(one.fence_s - quiet.fence_s for one in flying)
     row: dict[str, Any] = {
@@ -84,6 +105,7 @@ def measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
         "steps_in_flight_s": [one.total_s for one in flying],
         "slowdown": _slowdown(flying, quiet, durable_s - call_s),
         "lost_s": elapsed_s - len(flying) * quiet.total_s,
+        "stolen": stolen_share,
     }
     if report is not None:
         row |= {
@@ -99,6 +121,7 @@ def measure(workload: Workload, saver: Saver, step: int) -> dict[str, Any]:
 def measure_beside_raw(workload: Workload, disk: RawDisk) -> dict[str, Any]:
     """Steps while as many bytes are written raw: nothing is copied, checksummed or waited for."""
     settle()
+    stolen = machine.Stolen()
     before = _quiet_steps(workload)
     with ThreadPoolExecutor(1) as thread:
         began_s = time.perf_counter()
@@ -108,12 +131,14 @@ def measure_beside_raw(workload: Workload, disk: RawDisk) -> dict[str, Any]:
     raw_s = writing.result().seconds
     settle()
     quiet = _typical(before, _quiet_steps(workload))
+    stolen_share = stolen.share()
     return {
         "raw_s": raw_s,
         "quiet_step_s": quiet.total_s,
         "steps_in_flight_s": [one.total_s for one in flying],
         "slowdown": _slowdown(flying, quiet, raw_s),
         "lost_s": elapsed_s - len(flying) * quiet.total_s,
+        "stolen": stolen_share,
     }
 
 
@@ -183,7 +208,8 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
-    rounds = options.rounds_or(20)
+    alone_rounds, peer_rounds = options.rounds_or(_ROUNDS), options.rounds_or(_PEER_ROUNDS)
+    rounds = alone_rounds + peer_rounds
     disk = RawDisk(scratch)
     whole = Asyncckpt(OURS[0], workload, scratch / "whole", workload.nbytes + (64 << 20))
     low = Asyncckpt(OURS[1], workload, scratch / "low", workload.nbytes + (64 << 20), writers_priority="low")
@@ -192,11 +218,15 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     raw_rows: list[dict[str, Any]] = []
     try:
-        for number in range(rounds + 1):  # the first warms up
-            beside_raw = measure_beside_raw(workload, disk)
-            if number:
-                raw_rows.append({"round": number, **beside_raw})
-            for saver in lineup.turns(number, with_peers=number <= _PEER_ROUNDS):
+        for number in range(rounds + 1):  # the first warms up ours; peers come warm
+            is_alone = number <= alone_rounds
+            if number == alone_rounds + 1:
+                lineup.invite()
+            if is_alone:
+                beside_raw = measure_beside_raw(workload, disk)
+                if number:
+                    raw_rows.append({"round": number, **beside_raw})
+            for saver in lineup.turns(number):
                 raw = None
                 if number % 2:
                     settle()
@@ -207,7 +237,7 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
                 if raw is None:
                     settle()
                     raw = disk.direct(workload.nbytes)
-                row = {"round": number, **found, "raw": asdict(raw)}
+                row = {"round": number, "alone": is_alone, **found, "raw": asdict(raw)}
                 row["ratio"] = row["durable_s"] / raw.seconds
                 print(
                     f"stall {number}/{rounds} {saver.name}: blocked {row['blocked_s'] * 1e3:.1f} ms, "
@@ -219,13 +249,8 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
                     rows.append(row)
     finally:
         lineup.close()
-    savers = lineup.savers
     rows = lineup.kept(rows)
-    ours_s = {row["round"]: row["blocked_s"] for row in rows if row["saver"] == whole.name}
-    summaries = {
-        saver.name: _summarise([row for row in rows if row["saver"] == saver.name], ours_s)
-        for saver in savers
-    }
+    alone, beside = (_by_saver([row for row in rows if row["alone"] == which]) for which in (True, False))
     return {
         "benchmark": "stall",
         "tiny": options.tiny,
@@ -237,54 +262,56 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
             "compute_s": workload.size.compute_s,
             "step_s": mean(row["quiet_step_s"] for row in rows),
             "raw_threads": RAW_THREADS,
-            "rounds": rounds,
-            "peer_rounds": min(rounds, _PEER_ROUNDS),
-            "notes": {saver.name: saver.note for saver in savers},
+            "rounds": alone_rounds,
+            "peer_rounds": peer_rounds,
+            "notes": {saver.name: saver.note for saver in lineup.savers},
         },
-        "targets": _targets(summaries[whole.name], whole.note, rows),
+        "targets": _targets(alone[whole.name], whole.note, rows),
         "cannot_run": lineup.cannot_run,
-        "summary": summaries,
-        "beside_raw": _summaries(raw_rows, ("raw_s", "slowdown", "lost_s")),
+        "alone": alone,
+        "beside_raw": summaries(raw_rows, ("raw_s", "slowdown", "lost_s", "stolen")),
+        "summary": beside,
         "rows": rows,
         "raw_rows": raw_rows,
     }
 
 
-def _summarise(rows: list[dict[str, Any]], ours_s: Mapping[int, float]) -> dict[str, Any]:
-    """Of one saver; `ours_s` is what ours blocked in each round."""
-    keys = [
-        "blocked_s",
-        "call_s",
-        "call_cpu_s",
-        "call_faults",
-        "call_switches",
-        "fence_s",
-        "idle_fence_s",
-        "reported_blocked_s",
-        "durable_s",
-        "slowdown",
-        "lost_s",
-        "ratio",
-    ]
-    result: dict[str, Any] = _summaries(rows, keys)
-    result["raw_s"] = summary(row["raw"]["seconds"] for row in rows)
-    result["x_ours"] = summary(row["blocked_s"] / ours_s[row["round"]] for row in rows)
-    for key, with_peers in (("blocked_beside_peers_s", True), ("blocked_among_ours_s", False)):
-        values = [row["blocked_s"] for row in rows if (row["round"] <= _PEER_ROUNDS) == with_peers]
-        if values:
-            result[key] = summary(values)
-    result["contents_right"] = sum(row["contents"] == "right" for row in rows)
-    result["contents_wrong"] = sorted({row["contents"] for row in rows} - {"right"})
-    if "phases" in rows[0]:
-        names = [name for name in rows[0]["phases"] if all(name in row["phases"] for row in rows)]
-        result["phases"] = {name: summary(row["phases"][name] for row in rows) for name in names}
-    return result
+def _by_saver(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of each saver that is there."""
+    ours_s = {row["round"]: row["blocked_s"] for row in rows if row["saver"] == OURS[0]}
+    found: dict[str, Any] = {}
+    for saver in SAVERS:
+        of_saver = [row for row in rows if row["saver"] == saver]
+        if not of_saver:
+            continue
+        found[saver] = {
+            **summaries(of_saver, (*MEASURED, "ratio")),
+            "raw_s": summary(row["raw"]["seconds"] for row in of_saver),
+            "x_ours": summary(row["blocked_s"] / ours_s[row["round"]] for row in of_saver),
+            **verdicts(of_saver),
+            **phases(of_saver),
+        }
+    return found
 
 
-def _summaries(rows: list[dict[str, Any]], keys: Iterable[str]) -> dict[str, Any]:
+def summaries(rows: list[dict[str, Any]], keys: Iterable[str]) -> dict[str, Any]:
     """Of what there is: of a save that is durable at once there is no slowdown."""
     found = {key: [row[key] for row in rows if row.get(key) is not None] for key in keys}
     return {key: summary(values) for key, values in found.items() if values}
+
+
+def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often the contents were right, and what they were otherwise."""
+    found = [row["contents"] for row in rows]
+    return {"contents_right": found.count("right"), "contents_wrong": sorted({*found} - {"right"})}
+
+
+def phases(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """When each phase was reached that all these saves had; nothing for savers that tell none."""
+    if "phases" not in rows[0]:
+        return {}
+    names = [name for name in rows[0]["phases"] if all(name in row["phases"] for row in rows)]
+    return {"phases": {name: summary(row["phases"][name] for row in rows) for name in names}}
 
 
 def _targets(ours: dict[str, Any], note: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

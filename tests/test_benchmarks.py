@@ -40,18 +40,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stall_verifies_every_save_of_ours_and_of_the_peers(results: Path) -> None:
     document = json.loads((results / "stall.json").read_text())
     assert document["tiny"]
-    rounds, rows = document["config"]["rounds"], document["rows"]
-    assert len(rows) == rounds * len(document["summary"])
-    for name in (
-        "asyncckpt", "asyncckpt, low priority", "asyncckpt, small arena", "torch.save", "dcp.save"
-    ):  # fmt: skip
-        ours = [row for row in rows if row["saver"] == name]
-        assert [row["contents"] for row in ours] == ["right"] * rounds
+    alone_rounds, peer_rounds = document["config"]["rounds"], document["config"]["peer_rounds"]
+    rows = document["rows"]
+    assert list(document["alone"]) == ["asyncckpt", "asyncckpt, low priority", "asyncckpt, small arena"]
+    assert document["summary"].keys() > document["alone"].keys()
+    assert len(rows) == alone_rounds * len(document["alone"]) + peer_rounds * len(document["summary"])
+    for name in (*document["alone"], "torch.save", "dcp.save"):
+        found = [(row["alone"], row["contents"]) for row in rows if row["saver"] == name]
+        alone = [(True, "right")] * alone_rounds * (name in document["alone"])
+        assert found == alone + [(False, "right")] * peer_rounds
+    assert document["targets"][0]["measured"] == document["alone"]["asyncckpt"]["blocked_s"]
     for row in rows:
         assert row["raw"]["nbytes"] >= document["config"]["nbytes"]
         assert row["blocked_s"] == row["call_s"] + row["fence_s"]
         assert 0 < row["call_s"] < row["durable_s"] + 1e-3
         assert 0 < row["call_cpu_s"] <= row["call_s"] + 1e-3
+        assert 0 <= row["stolen"] <= 1
     assert len(document["summary"]) + len(document["cannot_run"]) == 12
 
 
@@ -109,6 +113,9 @@ def test_a_peer_that_fails_or_hangs_is_out_with_its_reason(
     try:
         ours: Any = Peer("ours", workload, tmp_path)
         found = lineup.Lineup([ours], workload, tmp_path)
+        assert found.turns(3) == [ours]
+        assert found.cannot_run == {}
+        found.invite()
         assert found.cannot_run == {
             "fails": "AssertionError: no disk",
             "hangs": "TimeoutError: no answer within 0.2 s",
@@ -117,7 +124,6 @@ def test_a_peer_that_fails_or_hangs_is_out_with_its_reason(
         assert {frozenset(names) for names in orders} == {frozenset(("ours", "works", "fails later"))}
         assert len({tuple(names) for names in orders}) == 6  # all that there are
         assert orders == [[saver.name for saver in found.turns(number)] for number in range(20)]
-        assert found.turns(3, with_peers=False) == [ours]
         assert found.measure(found.savers[1], lambda: {"saver": "works"}) == {"saver": "works"}
         assert found.measure(found.savers[2], fails_later) is None
         assert found.cannot_run["fails later"] == "OSError: no disk any more"
@@ -128,6 +134,7 @@ def test_a_peer_that_fails_or_hangs_is_out_with_its_reason(
         with pytest.raises(RuntimeError):
             found.close()  # ours is heard
         found = lineup.Lineup([], workload, tmp_path)
+        found.invite()
         found.close()
         assert [saver.name for saver in found.savers] == ["works", "fails later"]
     finally:
@@ -152,9 +159,60 @@ def test_many_tensors_verifies_every_save_at_every_size(results: Path) -> None:
     for size in document["sizes"]:
         for name in ("asyncckpt", "asyncckpt, megatron", "torch.save"):
             assert size["summary"][name]["contents_right"] == size["summary"][name]["x_dcp"]["count"]
+        assert list(size["alone"]) == ["asyncckpt", "asyncckpt, megatron"]
+        for one in size["alone"].values():
+            assert one["contents_right"] == one["x_dcp"]["count"] == size["rounds"]
+        assert size["summary"]["asyncckpt"]["x_dcp"]["count"] == size["peer_rounds"]
         assert size["summary"]["torch.save"]["x_dcp"]["count"] <= size["peer_rounds"]
         assert size["summary"]["asyncckpt"]["x_dcp"]["max"] == 1
-    assert len(document["targets"]) == 3 * len(leaves)
+    blocked, beside_peer, megatron = (document["targets"][at::3] for at in range(3))
+    assert len(blocked) == len(beside_peer) == len(megatron) == len(leaves)
+    for size, alone, beside, ratio in zip(document["sizes"], blocked, beside_peer, megatron, strict=True):
+        assert alone["measured"] == size["alone"]["asyncckpt"]["blocked_s"]
+        assert beside["measured"]["count"] == size["summary"][beside["beside"]]["blocked_s"]["count"]
+        assert ratio["measured"] == size["alone"]["asyncckpt, megatron"]["x_dcp"]
+
+
+def test_ours_are_alone_until_peers_are_invited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No peer has been made, let alone imported, when the rounds end that the absolute targets are about."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import lineup, many_tensors, stall
+    from benchmarks.results import Options
+
+    events: list[str] = []
+
+    class Peer:
+        def __init__(self, name: str, workload: Any, directory: Path) -> None:
+            events.append("peer made")
+            raise OSError("no disk")
+
+    def measured(workload: Any, saver: Any, step: int) -> dict[str, Any]:
+        events.append(saver.name)
+        return stall.measure(workload, saver, step)
+
+    monkeypatch.setattr(lineup, "PEERS", {"torch.save": Peer})
+    monkeypatch.setattr(many_tensors, "measure", measured)
+    monkeypatch.setattr(many_tensors, "TINY", many_tensors.TINY[:1])
+    monkeypatch.setattr(many_tensors, "best_peer_target", lambda *of: {})
+    options = Options.make(directory=tmp_path / "scratch", out=tmp_path, tiny=True)
+    document = many_tensors.run(options)
+    assert document["cannot_run"] == {"torch.save": "8 leaves: OSError: no disk"}
+    made = events.index("peer made")
+    assert (made, len(events)) == (2 * 3, 2 * 5 + 1)  # one to warm up and two; then two more
+    assert [row["alone"] for row in document["rows"]] == [True] * 4 + [False] * 4
+
+
+def test_the_share_of_processors_that_are_stolen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import machine
+
+    real = Path.read_text
+    stat = "cpu  100 0 50 800 10 0 5 35 20 0\ncpu0 1 2 3\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: stat if str(path) == "/proc/stat" else real(path))
+    stolen = machine.Stolen()
+    assert stolen.share() == 0  # no tick has passed
+    stat = "cpu  150 0 60 820 10 0 5 55 70 0\ncpu0 1 2 3\n"
+    assert stolen.share() == 0.2  # 20 of 100: what guests have is part of user
 
 
 def test_loads_are_verified_and_paired_with_raw_reads_in_either_order(results: Path) -> None:
