@@ -173,12 +173,14 @@ def survey(
     exchange_api: object,
     forms: bool = False,
     storages: bool = False,
+    inside: bool = False,
 ) -> tuple[_UInt64, _Int64, bytes, list[torch.UntypedStorage]] | None:
     """Addresses and `_version` of tensors of exactly these types; if asked for, what they are, and storages.
 
     Args:
         exchange_api: what the types have as `__dlpack_c_exchange_api__`; None comes back if it is of another
             major version than DLPack 1.
+        inside: call the C++ functions behind torch's attributes, where they are found.
 
     Raises TypeError for other types, ValueError where a form is asked of what is not dense, and whatever the
     library raises of a tensor that has no address.

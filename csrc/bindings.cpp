@@ -428,7 +428,7 @@ NB_MODULE(_native, m) {
   m.def("crc32_kernel", &crc32_kernel);
   m.def("copy_is_checked", &HostCopies::is_checked);
   m.def("survey", &survey, "tensors"_a, "kinds"_a, "exchange_api"_a, "forms"_a = false,
-        "storages"_a = false);
+        "storages"_a = false, "inside"_a = false);
   m.def("columns", &columns, "objects"_a, "names"_a, "absent"_a, "empty"_a);
   m.def("entries_of", &entries_of, "dicts"_a, "kind"_a);
   m.def("identities", &identities, "objects"_a);

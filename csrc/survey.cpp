@@ -1,5 +1,6 @@
 #include "survey.h"
 
+#include <dlfcn.h>
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
@@ -25,6 +26,36 @@ const dlpack::ExchangeApi* exchange_api(nb::handle capsule) {
   while (header != nullptr && header->version.major != dlpack::kMajor) header = header->older;
   return reinterpret_cast<const dlpack::ExchangeApi*>(header);
 }
+
+// What torch's own attributes call in the end: its C++ functions by their names. By way of python each takes some
+// fifty nanoseconds, most of them for what stands around it; so, five. One that is not found is null.
+//
+// They take the address of an `at::Tensor`, which is where an object keeps its body, or of the body, a
+// `c10::TensorImpl`. Their names say what they take, not what they return: see `inside_agrees` in
+// asyncckpt/survey.py.
+struct Inside {
+  int64_t (*version)(const void* tensor) = nullptr;
+  bool (*is_neg)(const void* tensor) = nullptr;
+  bool (*requires_grad)(const void* body) = nullptr;
+
+  // In the library that the table's functions are of, and in those that it needs.
+  explicit Inside(const dlpack::ExchangeApi& api) {
+    Dl_info where;
+    if (dladdr(reinterpret_cast<void*>(api.tensor_from_object), &where) == 0) return;
+    void* const library = dlopen(where.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return;
+    find(library, "_ZNK2at10TensorBase8_versionEv", &version);
+    find(library, "_ZN2at6native6is_negERKNS_6TensorE", &is_neg);
+    find(library, "_ZNK3c1010TensorImpl13requires_gradEv", &requires_grad);
+    dlclose(library);  // torch itself keeps it
+  }
+
+ private:
+  template <typename Function>
+  static void find(void* library, const char* name, Function* function) {
+    *function = reinterpret_cast<Function>(dlsym(library, name));
+  }
+};
 
 // The types that objects are asked to have, exactly.
 class Types {
@@ -63,6 +94,8 @@ class Attribute {
       : name_(nb::steal(PyUnicode_InternFromString(name))),
         found_(types.shared(name_, &PyGetSetDescr_Type)) {}
 
+  bool is_torchs_own() const { return found_.is_valid(); }
+
   nb::object operator()(PyObject* object) const {
     const PyGetSetDef* const own =
         found_.is_valid() ? reinterpret_cast<PyGetSetDescrObject*>(found_.ptr())->d_getset
@@ -85,6 +118,8 @@ class Method {
       : name_(nb::steal(PyUnicode_InternFromString(name))),
         found_(types.shared(name_, &PyMethodDescr_Type)) {}
 
+  bool is_torchs_own() const { return found_.is_valid(); }
+
   nb::object operator()(PyObject* object) const {
     const PyMethodDef* const own =
         found_.is_valid() ? reinterpret_cast<PyMethodDescrObject*>(found_.ptr())->d_method
@@ -106,6 +141,51 @@ int64_t number_of(const nb::object& answer) {
   return number;
 }
 
+// What the first word behind an object's head is, if that is where torch keeps the address of what the object
+// stands for; null otherwise.
+const char* body_of(const PyObject* object) {
+  const char* body = nullptr;
+  if (Py_TYPE(object)->tp_basicsize >= static_cast<Py_ssize_t>(sizeof(PyObject) + sizeof(body)))
+    std::memcpy(&body, object + 1, sizeof(body));
+  return body;
+}
+
+// Where it is: what C++ takes for the tensor.
+const void* tensor_of(const PyObject* object) { return object + 1; }
+
+// What DLPack does not say. Torch's functions are called where they may be and where nobody put something else in
+// the place of the attribute that stands for them.
+class Asked {
+ public:
+  Asked(const Types& types, const dlpack::ExchangeApi& api, bool inside)
+      : version_(types, "_version"),
+        requires_grad_(types, "requires_grad"),
+        is_neg_(types, "is_neg"),
+        inside_(api) {
+    if (!inside || !version_.is_torchs_own()) inside_.version = nullptr;
+    if (!inside || !requires_grad_.is_torchs_own()) inside_.requires_grad = nullptr;
+    if (!inside || !is_neg_.is_torchs_own()) inside_.is_neg = nullptr;
+  }
+
+  int64_t version(PyObject* object) const {
+    return inside_.version != nullptr ? inside_.version(tensor_of(object))
+                                      : number_of(version_(object));
+  }
+  bool requires_grad(PyObject* object) const {
+    return inside_.requires_grad != nullptr ? inside_.requires_grad(body_of(object))
+                                            : requires_grad_(object).is(nb::handle(Py_True));
+  }
+  bool is_neg(PyObject* object) const {
+    return inside_.is_neg != nullptr ? inside_.is_neg(tensor_of(object))
+                                     : is_neg_(object).is(nb::handle(Py_True));
+  }
+
+ private:
+  Attribute version_, requires_grad_;
+  Method is_neg_;
+  Inside inside_;
+};
+
 template <typename Number>
 nb::object as_array(std::unique_ptr<Number[]> numbers, size_t count) {
   nb::capsule owner(numbers.get(), [](void* p) noexcept { delete[] static_cast<Number*>(p); });
@@ -126,15 +206,6 @@ bool append_form(const dlpack::Tensor& tensor, std::vector<int64_t>* forms) {
     stride *= std::max<int64_t>(tensor.shape[d], 1);
   }
   return dense;
-}
-
-// What the first word behind an object's head is, if that is where torch keeps the address of what the object
-// stands for; null otherwise.
-const char* body_of(PyObject* object) {
-  const char* body = nullptr;
-  if (Py_TYPE(object)->tp_basicsize >= static_cast<Py_ssize_t>(sizeof(PyObject) + sizeof(body)))
-    std::memcpy(&body, object + 1, sizeof(body));
-  return body;
 }
 
 // What is looked at next is on its way from memory meanwhile, a step deeper each time: the object, its body, and
@@ -176,13 +247,13 @@ bool have_bodies(nb::list objects, const Types& types) {
 }  // namespace
 
 nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool with_forms,
-                  bool with_storages) {
+                  bool with_storages, bool inside) {
   const dlpack::ExchangeApi* const api = exchange_api(capsule);
   if (api == nullptr || api->tensor_from_object == nullptr) return nb::none();
   const Types types(kinds);
-  const Attribute version(types, "_version"), requires_grad(types, "requires_grad");
-  const Method is_neg(types, "is_neg"), untyped_storage(types, "untyped_storage");
   const bool has_bodies = have_bodies(tensors, types);
+  const Asked asked(types, *api, inside && has_bodies);
+  const Method untyped_storage(types, "untyped_storage");
   const size_t count = tensors.size();
   auto addresses = std::make_unique<uint64_t[]>(count);
   auto versions = std::make_unique<int64_t[]>(count);
@@ -198,11 +269,10 @@ nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool wi
     addresses[i] = reinterpret_cast<uintptr_t>(seen.data) + seen.byte_offset;
     if (with_forms) {
       const bool dense = append_form(seen, &forms);
-      forms.push_back(requires_grad(tensor).is(nb::handle(Py_True)));
-      if (!dense || is_neg(tensor).is(nb::handle(Py_True)))  // DLPack does not say
-        throw nb::value_error("a tensor is not dense");
+      forms.push_back(asked.requires_grad(tensor));
+      if (!dense || asked.is_neg(tensor)) throw nb::value_error("a tensor is not dense");
     }
-    versions[i] = number_of(version(tensor));
+    versions[i] = asked.version(tensor);
     if (with_storages) storages.append(untyped_storage(tensor));
   }
   return nb::make_tuple(as_array(std::move(addresses), count), as_array(std::move(versions), count),

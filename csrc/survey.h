@@ -8,6 +8,6 @@ namespace asyncckpt {
 
 // Where tensors are, what they are and whether they were written to. See asyncckpt/_native.pyi.
 nanobind::object survey(nanobind::list tensors, nanobind::tuple kinds, nanobind::handle capsule,
-                        bool with_forms, bool with_storages);
+                        bool with_forms, bool with_storages, bool inside);
 
 }  // namespace asyncckpt

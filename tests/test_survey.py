@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from asyncckpt import survey as survey_room
 from asyncckpt.sections.walk import Walker
@@ -155,6 +156,93 @@ def test_what_somebody_put_in_place_of_torchs_own_is_asked(
     assert (found.versions == 7).all() == (name == "_version")
     assert (found.forms != before.forms) == (name == "requires_grad")
     assert (found.storages == ["a storage"] * 20) == (name == "untyped_storage")
+
+
+def of_every_kind() -> list[torch.Tensor]:
+    """More than are read ahead; every answer that torch has to what a survey asks."""
+    base = torch.zeros(4, 6)
+    kinds = [
+        base, base[1:], torch.nn.Parameter(base.clone()),
+        torch.nn.Parameter(base.clone(), requires_grad=False),
+        (torch.nn.Parameter(base.clone()) * 2).contiguous(), base.detach(), base.clone().requires_grad_(),
+        torch.zeros(3, dtype=torch.bfloat16), torch.zeros(()), torch.zeros(0), torch.arange(3),
+    ]  # fmt: skip
+    tensors = [kind.clone() if kind.is_leaf and not kind.requires_grad else kind for kind in kinds * 10]
+    for number, tensor in enumerate(tensors):
+        with torch.no_grad():
+            for _ in range(number % 9):
+                tensor.add_(0)
+    return tensors
+
+
+@surveyed
+def test_torch_is_asked_past_python_and_says_the_same() -> None:
+    """A mode sees every call that python makes of torch: of those that have been found it sees none."""
+
+    class Seen(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: set[str] = set()
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            owner = getattr(func, "__self__", None)  # of a property, its getter is what is called
+            self.names.add(getattr(owner, "__name__", func.__name__))
+            return func(*args, **(kwargs or {}))
+
+    tensors = of_every_kind()
+    native = (survey_room.PLAIN, survey_room._EXCHANGE_API, True, False)
+    with Seen() as outside:
+        expected = survey_room._native.survey(tensors, *native, False)
+    assert outside.names >= {"_version", "requires_grad", "is_neg"}
+    assert survey_room.inside_agrees()
+    with Seen() as inside:
+        found = survey(tensors, forms=True)
+    assert not inside.names & {"_version", "requires_grad", "is_neg"}
+    assert expected is not None
+    assert found.versions.tolist() == expected[1].tolist() == [tensor._version for tensor in tensors]
+    assert found.forms == expected[2]
+
+
+@surveyed
+@pytest.mark.parametrize("place", [0, 10, 99])
+@pytest.mark.parametrize("forms", [True, False])
+def test_past_python_tensors_without_an_answer_are_refused(place: int, forms: bool) -> None:
+    tensors = [torch.zeros(2) for _ in range(100)]
+    survey(tensors, forms=forms)
+    with torch.inference_mode():
+        tensors[place] = torch.zeros(2)  # has no version
+    with pytest.raises(NotSurveyedError):
+        survey(tensors, forms=forms)
+    tensors[place] = torch._neg_view(torch.zeros(2))
+    if forms:
+        with pytest.raises(NotSurveyedError):
+            survey(tensors, forms=True)
+
+
+@surveyed
+@pytest.mark.parametrize("lie", ["version", "form", "neg", "none"])
+def test_functions_that_say_something_else_than_torchs_attributes_are_not_called(
+    monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    real = survey_room._native.survey
+
+    def lying(tensors: Any, kinds: Any, api: Any, forms: bool, storages: bool, inside: bool) -> Any:
+        try:
+            found = real(tensors, kinds, api, forms, storages, inside)
+        except ValueError:
+            if lie == "neg" and inside:
+                return real(tensors[:-1], kinds, api, forms, storages, inside)
+            raise
+        assert found is not None
+        addresses, versions, seen, held = found
+        if inside and lie == "version":
+            versions = np.where(versions == 15, 0, versions)
+        if inside and lie == "form":
+            seen = seen[:-8] + bytes(8)
+        return addresses, versions, seen, held
+
+    monkeypatch.setattr(survey_room._native, "survey", lying)
+    assert survey_room.inside_agrees.__wrapped__() == (lie == "none")
 
 
 def test_modules_that_are_not_pythons_say_themselves_what_they_hold() -> None:
