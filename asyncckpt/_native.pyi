@@ -174,13 +174,15 @@ def survey(
     forms: bool = False,
     storages: bool = False,
     inside: bool = False,
-) -> tuple[_UInt64, _Int64, bytes, list[torch.UntypedStorage]] | None:
+) -> tuple[_UInt64, _Int64, bytes, list[torch.UntypedStorage], bool] | None:
     """Addresses and `_version` of tensors of exactly these types; if asked for, what they are, and storages.
+    And whether torch's C++ functions were asked.
 
     Args:
         exchange_api: what the types have as `__dlpack_c_exchange_api__`; None comes back if it is of another
             major version than DLPack 1.
-        inside: call the C++ functions behind torch's attributes, where they are found.
+        inside: ask the C++ functions behind torch's attributes, if all of them are found, objects have the
+            layout that is known, and nobody replaced such an attribute.
 
     Raises TypeError for other types, ValueError where a form is asked of what is not dense, and whatever the
     library raises of a tensor that has no address.

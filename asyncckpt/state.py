@@ -47,7 +47,7 @@ from .sections.optimizer import OptimizerSection
 from .sections.values import ValueSection
 from .shards import local_of
 from .shared import SHARED_BRANCH
-from .survey import NotSurveyedError, is_among, survey
+from .survey import NotSurveyedError, inside_agrees, is_among, survey
 from .tree import Matching, StateTree, Steady, Structure
 
 
@@ -94,6 +94,7 @@ class TrainingState:
         }
         self.sections: dict[str, Section] = dict(self.models)
         self.capture_s: dict[str, float] = {}
+        inside_agrees()  # found out once: here rather than in the first save
         # Of the last look: names of its parts, and what they came to.
         self._looked: tuple[list[tuple[str, tuple[str, ...]]], Structure | None] = ([], None)
         names: dict[torch.Tensor, str] = {}

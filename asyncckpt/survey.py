@@ -9,6 +9,7 @@ each, if what is asked next is on its way from memory meanwhile; attribute by at
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -62,42 +63,69 @@ def survey(tensors: Sequence[torch.Tensor], *, forms: bool = False, storages: bo
     """
     if _EXCHANGE_API is None:
         raise NotSurveyedError
-    return _survey(tensors, forms, storages, inside_agrees())
+    found, _ = _survey(tensors, forms=forms, storages=storages, inside=inside_agrees())
+    return found
 
 
-def _survey(tensors: Sequence[torch.Tensor], forms: bool, storages: bool, inside: bool) -> Survey:
+def _survey(
+    tensors: Sequence[torch.Tensor], *, forms: bool = False, storages: bool = False, inside: bool
+) -> tuple[Survey, bool]:
+    """Also whether torch's C++ functions were asked."""
     try:
         found = _native.survey(list(tensors), PLAIN, _EXCHANGE_API, forms, storages, inside)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         raise NotSurveyedError from error
     if found is None:
         raise NotSurveyedError
-    return Survey(*found)
+    addresses, versions, seen, held, was_inside = found
+    return Survey(addresses, versions, seen, held), was_inside
 
 
 @functools.cache
 def inside_agrees() -> bool:
-    """Whether torch's own C++ functions, found by their names, say what its attributes say: of tensors with
-    every answer that there is, once. They are called past python only then."""
-    with torch.no_grad(), torch.inference_mode(False):
-        tensors: list[torch.Tensor] = []
-        for number in range(16):
-            one = torch.zeros(number % 3 + 1, device="cpu")
-            for _ in range(number):
-                one.add_(1)
-            one.requires_grad_(number % 2 == 1)
-            tensors.append(torch.nn.Parameter(one, one.requires_grad) if number % 4 > 1 else one)
-        negated = torch._neg_view(torch.zeros(2, device="cpu"))  # noqa: SLF001 -- there is no public name
+    """Whether torch's C++ functions are found and say what its attributes say, of a few tensors on the host
+    that differ in all that is asked. They are called only then. Found out once, on a thread of its own: what
+    modes the caller is in does not matter there.
+    """
+    answers = [False]
+    thread = threading.Thread(target=lambda: answers.append(_agrees()), name="asyncckpt-survey")
+    thread.start()
+    thread.join()
+    return answers[-1]
+
+
+def _agrees() -> bool:
     try:
-        inside, outside = (_survey(tensors, True, False, inside) for inside in (True, False))
-    except NotSurveyedError:
+        tensors = _various()
+        (inside, was_inside), (outside, _) = (
+            _survey(tensors, forms=True, inside=inside) for inside in (True, False)
+        )
+        if not was_inside or inside.forms != outside.forms or (inside.versions != outside.versions).any():
+            return False
+        with torch.inference_mode():
+            without_version = torch.zeros(1, device="cpu")
+        negated = torch._neg_view(torch.zeros(1, device="cpu"))  # noqa: SLF001 -- there is no public name
+        return _is_refused(without_version, RuntimeError) and _is_refused(negated, ValueError)
+    except Exception:  # noqa: BLE001 -- whatever it is, the attributes can be asked
         return False
-    if inside.forms != outside.forms or (inside.versions != outside.versions).any():
-        return False
+
+
+def _various() -> list[torch.Tensor]:
+    """Versions of more than a byte, all kinds of `requires_grad`, in no step with each other."""
+    leaves = [torch.zeros(number % 3, device="cpu") for number in range(12)]
+    for number, leaf in enumerate(leaves):
+        for _ in range(300 if number == 7 else number * number):
+            leaf.add_(1)
+        leaf.requires_grad_(number % 4 > 1)
+    parameters = [torch.nn.Parameter(leaf.detach(), leaf.requires_grad) for leaf in leaves]
+    return [*leaves, *parameters, *(leaf * 1 for leaf in leaves), *(leaf.detach() for leaf in leaves)]
+
+
+def _is_refused(tensor: torch.Tensor, why: type[Exception]) -> bool:
     try:
-        _survey([*tensors, negated], True, False, True)
-    except NotSurveyedError:
-        return True
+        _survey([tensor], forms=True, inside=True)
+    except NotSurveyedError as refusal:
+        return isinstance(refusal.__cause__, why)
     return False
 
 

@@ -1,12 +1,12 @@
 """What processor time a save takes: what it must steal from training's loaders, or from training itself.
 
 Training is idle, so that all that the process spends between the call and durable is the save's, and so is
-what the processes spend that some peers write with; of these the kernel tells hundredths of a second. Our
-checksums are in it; the peers make none. What the kernel writes back on threads of its own, for whoever
-writes through the page cache, is in nobody's account: it flatters the peers. Beside the savers as many bytes
-are written raw, which is what the disk alone costs: with Python between the calls there, without it in ours.
-And the state is copied to memory that is there already, tensor by tensor, by torch on one thread: it tells
-what memory gives at the time.
+what the processes spend that some peers write with; of these the kernel tells hundredths of a second. First
+ours alone, then the peers are made, and all take turns. Our checksums are in it; the peers make none. What
+the kernel writes back on threads of its own, for whoever writes through the page cache, is in nobody's
+account: it flatters the peers. Beside the savers as many bytes are written raw, which is what the disk alone
+costs: with Python between the calls there, without it in ours. And the state is copied to memory that is
+there already, tensor by tensor, by torch on one thread: it tells what memory gives at the time.
 
     cpu_s_per_gib   seconds on processors, user and system, all threads and processes, for each GiB saved
     user_s_per_gib, system_s_per_gib    its two parts
@@ -32,14 +32,14 @@ from . import machine
 from .lineup import Lineup
 from .peers import PEERS
 from .raw_disk import RAW_THREADS, RawDisk, settle
-from .results import Options, summary, target
+from .results import Options, summaries, summary, target, verdicts
 from .savers import Asyncckpt, Saver
 from .workload import FULL, TINY, Workload
 
 TARGET_S_PER_GIB = 0.25
 OURS = "asyncckpt"
 SAVERS = (OURS, *PEERS)
-_PEER_ROUNDS = 3  # of ours there are more, since a limit is set to them
+_ROUNDS, _PEER_ROUNDS = 12, 3  # more of ours alone, since a limit is set to them
 _MEASURED = ("cpu_s_per_gib", "user_s_per_gib", "system_s_per_gib", "durable_s")
 _GIB = 1 << 30
 
@@ -57,8 +57,8 @@ def run(options: Options) -> dict[str, Any]:
 
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
-    rounds = options.rounds_or(12)
-    peer_rounds = min(rounds, _PEER_ROUNDS)
+    alone_rounds, peer_rounds = options.rounds_or(_ROUNDS), options.rounds_or(_PEER_ROUNDS)
+    rounds = alone_rounds + 1 + peer_rounds
     ours = Asyncckpt(OURS, workload, scratch / "ours", workload.nbytes + (64 << 20))
     lineup = Lineup([ours], workload, scratch)
     disk = RawDisk(scratch)
@@ -66,33 +66,37 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     raw_rows: list[dict[str, Any]] = []
     copy_rows: list[dict[str, Any]] = []
     try:
-        for number in range(rounds + 1):  # the first warms up ours; peers come warm, for the last ones
-            if number == rounds - peer_rounds + 1:
+        for number in range(rounds + 1):
+            warms_up = number in (0, alone_rounds + 1)  # ours; everybody
+            if number == alone_rounds + 1:
                 lineup.invite()
             for saver in lineup.turns(number):
                 found = lineup.measure(saver, partial(_measure, workload, saver, number + 1))
                 if found is None:
                     continue
-                row = {"round": number, **found}
+                row = {"round": number, "alone": number <= alone_rounds, **found}
                 print(
                     f"cpu {number}/{rounds} {saver.name}: {row['cpu_s_per_gib']:.3f} s per GiB, "
                     f"contents {row['contents']}",
                     file=sys.stderr,
                 )
-                if number:
+                if not warms_up:
                     rows.append(row)
             raw = {"round": number, **_measure_raw(disk, workload.nbytes)}
             copy = {"round": number, **_measure_copy(workload)}
-            if number:
+            if not warms_up:
                 raw_rows.append(raw)
                 copy_rows.append(copy)
     finally:
         lineup.close()
     rows = lineup.kept(rows)
-    summaries = {
-        saver.name: _summarise([row for row in rows if row["saver"] == saver.name]) for saver in lineup.savers
+    alone = _summarise([row for row in rows if row["alone"]])
+    beside = [row for row in rows if not row["alone"]]
+    by_saver = {
+        saver.name: _summarise([row for row in beside if row["saver"] == saver.name])
+        for saver in lineup.savers
     }
-    measured = summaries[OURS]["cpu_s_per_gib"]
+    measured = alone["cpu_s_per_gib"]
     return {
         "benchmark": "cpu",
         "tiny": options.tiny,
@@ -100,12 +104,13 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
         "config": {
             "nbytes": workload.nbytes,
             "raw_threads": RAW_THREADS,
-            "rounds": rounds,
+            "rounds": alone_rounds,
             "peer_rounds": peer_rounds,
         },
         "targets": [target("processor time per GiB", "checksums included", "s", TARGET_S_PER_GIB, measured)],
         "cannot_run": lineup.cannot_run,
-        "summary": summaries,
+        "alone": alone,
+        "summary": by_saver,
         "raw": {key: summary(row[key] for row in raw_rows) for key in _MEASURED},
         "copy": {key: summary(row[key] for row in copy_rows) for key in _MEASURED if key != "durable_s"},
         "rows": rows,
@@ -180,10 +185,7 @@ def _per_gib(spent: _Cpu, nbytes: int) -> dict[str, float]:
 
 
 def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {key: summary(row[key] for row in rows) for key in _MEASURED}
-    result["contents_right"] = sum(row["contents"] == "right" for row in rows)
-    result["contents_wrong"] = sorted({row["contents"] for row in rows} - {"right"})
-    return result
+    return summaries(rows, _MEASURED) | verdicts(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

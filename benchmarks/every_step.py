@@ -33,7 +33,7 @@ from typing import Any
 
 from . import machine
 from .raw_disk import RAW_THREADS, RawDisk, settle
-from .results import Options, summary, target
+from .results import Options, summary, target, verdicts
 from .savers import Asyncckpt
 from .workload import FULL, TINY, Workload
 
@@ -199,9 +199,7 @@ def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {key: summary(row[key] for row in rows) for key in keys}
     for key in ("blocked_s", "starved_s"):
         result[key] = summary(value for row in rows for value in row[key])
-    result["contents_right"] = sum(row["contents"] == "right" for row in rows)
-    result["contents_wrong"] = sorted({row["contents"] for row in rows} - {"right"})
-    return result
+    return result | verdicts(rows)
 
 
 def _targets(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from . import machine
 from .raw_disk import settle
-from .results import Options, summary, target
+from .results import Options, summary, target, verdicts
 from .savers import Asyncckpt
 from .workload import FULL, TINY, Size, Workload
 
@@ -137,9 +137,7 @@ def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         result[f"later_{key}"] = summary(seconds for row in rows for seconds in row[key][1:])
     if rows[0]["present_s"] is not None:
         result["present_s"] = summary(row["present_s"] for row in rows)
-    result["contents_right"] = sum(row["contents"] == "right" for row in rows)
-    result["contents_wrong"] = sorted({row["contents"] for row in rows} - {"right"})
-    return result
+    return result | verdicts(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

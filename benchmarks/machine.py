@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -64,22 +65,22 @@ def require_room(directory: Path, needed_bytes: int) -> None:
 
 
 class Stolen:
-    """What of the machine's processors it is not given from now on, though there is something to do: a
-    virtual machine shares them with others. By proc(5), stat, which counts hundredths of a second."""
+    """Processor time that a hypervisor keeps from this machine from now on, though there is something to do.
+    By proc(5), stat, which counts hundredths of a second."""
 
     def __init__(self) -> None:
-        self._before = self._so_far()
+        self._before_s, self._began_s = self._so_far_s(), time.perf_counter()
 
     def share(self) -> float:
-        """Of all processors since then."""
-        stolen, all_ticks = (now - before for now, before in zip(self._so_far(), self._before, strict=True))
-        return stolen / all_ticks if all_ticks else 0.0
+        """Of the time of all processors since then, a tick more or less."""
+        elapsed_s = time.perf_counter() - self._began_s
+        return (self._so_far_s() - self._before_s) / (elapsed_s * (os.cpu_count() or 1))
 
     @staticmethod
-    def _so_far() -> tuple[int, int]:
-        # user, nice, system, idle, iowait, irq, softirq, steal; what guests have is in user already.
-        ticks = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        return ticks[7], sum(ticks)
+    def _so_far_s() -> float:
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        return int(ticks[7]) / os.sysconf("SC_CLK_TCK")
 
 
 def available_bytes() -> int:

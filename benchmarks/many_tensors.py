@@ -2,9 +2,9 @@
 
 The same bytes in ever more leaves: what training waits for must be the work of a copy, not of a loop over
 leaves. Each save is measured as in stall.py, training goes on, and what was saved is compared with the
-state at the call. First ours alone, as in stall.py; then the peers too. The more leaves, the longer peers
-take, and whoever reads back what was saved: the fewer rounds there are, and for a peer only one if a save
-takes very long.
+state at the call. First ours alone, of all sizes; then, of all sizes again, beside the peers. The more
+leaves, the longer peers take, and whoever reads back what was saved: the fewer rounds there are, and for a
+peer only one if a save takes very long.
 
     blocked     seconds inside save(), and in the optimizer's hooks afterwards, as in stall.py
 
@@ -18,15 +18,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from . import machine
 from .lineup import Lineup
 from .peers import PEERS
-from .results import Options, best_peer_target, summary, target
+from .results import Options, best_peer_target, summaries, summary, target, verdicts
 from .savers import Asyncckpt, AsyncckptMegatron, Saver
-from .stall import MEASURED, measure, phases, summaries, verdicts
+from .stall import MEASURED, measure, phases
 from .workload import Size, Workload
 
 DCP, MEGATRON = "asyncckpt", "asyncckpt, megatron"
@@ -69,82 +68,92 @@ TINY = (
 def run(options: Options) -> dict[str, Any]:
     """Measure and return the document."""
     warnings.filterwarnings("ignore", module="torch")  # as in stall.py
-    document: dict[str, Any] = {"benchmark": "many_tensors", "tiny": options.tiny}
+    scales = TINY if options.tiny else FULL
+    # Of all sizes before there is a peer of any.
+    alone = [_rounds(options, scale, with_peers=False) for scale in scales]
+    beside = [_rounds(options, scale, with_peers=True) for scale in scales]
     sizes: list[dict[str, Any]] = []
     targets: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
     cannot: dict[str, str] = {}
-    for scale in TINY if options.tiny else FULL:
-        workload = Workload(scale.size)
-        try:
-            with options.scratch(8 * workload.nbytes) as scratch:
-                document.setdefault("machine", machine.describe(scratch))
-                found, cannot_run = _measure(options, scale, workload, scratch)
-        finally:
-            workload.close()
-        alone, beside = (
-            _summaries([row for row in found if row["alone"] == which]) for which in (True, False)
-        )
+    for scale, of_ours, of_all in zip(scales, alone, beside, strict=True):
         sizes.append(
             {
                 "leaves": scale.leaves,
                 "rounds": options.rounds_or(scale.rounds),
                 "peer_rounds": options.rounds_or(scale.peer_rounds),
-                "nbytes": workload.nbytes,
-                "alone": alone,
-                "summary": beside,
+                "nbytes": of_ours.nbytes,
+                "alone": _summaries(of_ours.rows),
+                "summary": _summaries(of_all.rows),
             }
         )
-        targets += _targets(scale, alone, found)
+        targets += _targets(scale, sizes[-1]["alone"], of_all.rows)
         # The fewest leaves that it could not save.
-        cannot = {saver: f"{scale.leaves:,} leaves: {why}" for saver, why in cannot_run.items()} | cannot
-        rows += found
-    return document | {
+        cannot = {name: f"{scale.leaves:,} leaves: {why}" for name, why in of_all.cannot_run.items()} | cannot
+    return {
+        "benchmark": "many_tensors",
+        "tiny": options.tiny,
+        "machine": alone[0].machine,
         "config": {"slow_s": _SLOW_S, "arena_bytes": _ARENA_BYTES},
         "targets": targets,
         "cannot_run": cannot,
         "sizes": sizes,
-        "rows": rows,
+        "rows": [row for found in (*alone, *beside) for row in found.rows],
     }
 
 
+@dataclass(frozen=True)
+class _Rounds:
+    machine: dict[str, object]
+    nbytes: int
+    rows: list[dict[str, Any]]
+    cannot_run: dict[str, str]
+
+
+def _rounds(options: Options, scale: Scale, *, with_peers: bool) -> _Rounds:
+    workload = Workload(scale.size)
+    try:
+        with options.scratch(8 * workload.nbytes) as scratch:
+            facts = machine.describe(scratch)
+            ours: list[Saver] = [
+                Asyncckpt(DCP, workload, scratch / "dcp", _ARENA_BYTES),
+                AsyncckptMegatron(MEGATRON, workload, scratch / "megatron", _ARENA_BYTES),
+            ]
+            lineup = Lineup(ours, workload, scratch)
+            try:
+                rows = _measure(options, scale, workload, lineup, with_peers=with_peers)
+            finally:
+                lineup.close()
+            return _Rounds(facts, workload.nbytes, lineup.kept(rows), lineup.cannot_run)
+    finally:
+        workload.close()
+
+
 def _measure(
-    options: Options, scale: Scale, workload: Workload, scratch: Path
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    ours: list[Saver] = [
-        Asyncckpt(DCP, workload, scratch / "dcp", _ARENA_BYTES),
-        AsyncckptMegatron(MEGATRON, workload, scratch / "megatron", _ARENA_BYTES),
-    ]
-    lineup = Lineup(ours, workload, scratch)
-    alone_rounds = options.rounds_or(scale.rounds)
-    rounds = alone_rounds + options.rounds_or(scale.peer_rounds)
+    options: Options, scale: Scale, workload: Workload, lineup: Lineup, *, with_peers: bool
+) -> list[dict[str, Any]]:
+    rounds = options.rounds_or(scale.peer_rounds if with_peers else scale.rounds)
     slow: set[str] = set()
     rows: list[dict[str, Any]] = []
-    try:
-        for number in range(rounds + 1):  # the first warms up ours; peers come warm
-            if number == alone_rounds + 1:
-                lineup.invite()
-            for saver in lineup.turns(number):
-                if saver.name in slow:
-                    continue
-                found = lineup.measure(saver, partial(measure, workload, saver, number + 1))
-                if found is None:
-                    continue
-                if saver not in ours and found["durable_s"] > _SLOW_S:
-                    slow.add(saver.name)
-                row = {
-                    "leaves": scale.leaves, "round": number, "alone": number <= alone_rounds, **found
-                }  # fmt: skip
-                print(
-                    f"many_tensors {scale.leaves} {number}/{rounds} {saver.name}: "
-                    f"blocked {row['blocked_s'] * 1e3:.1f} ms, contents {row['contents']}",
-                    file=sys.stderr,
-                )
-                if number:
-                    rows.append(row)
-    finally:
-        lineup.close()
-    return lineup.kept(rows), lineup.cannot_run
+    for number in range(rounds + 1):  # the first warms up ours; peers come warm
+        if with_peers and number == 1:
+            lineup.invite()
+        for saver in lineup.turns(number):
+            if saver.name in slow:
+                continue
+            found = lineup.measure(saver, partial(measure, workload, saver, number + 1))
+            if found is None:
+                continue
+            if saver.name in PEERS and found["durable_s"] > _SLOW_S:
+                slow.add(saver.name)
+            row = {"leaves": scale.leaves, "alone": not with_peers, "round": number, **found}
+            print(
+                f"many_tensors {scale.leaves} {'beside peers' if with_peers else 'alone'} {number}/{rounds} "
+                f"{saver.name}: blocked {row['blocked_s'] * 1e3:.1f} ms, contents {row['contents']}",
+                file=sys.stderr,
+            )
+            if number:
+                rows.append(row)
+    return rows
 
 
 def _summaries(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from . import machine
-from .results import Options, summary, target
+from .results import Options, summary, target, verdicts
 from .savers import Asyncckpt
 from .workload import FULL, HUGE, TINY, Checksums, Size, Workload
 
@@ -156,9 +156,7 @@ def measure(case: Case, directory: Path) -> dict[str, Any]:
 def _summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     keys = ("nbytes", "host_memory", "extra_bytes", "over_bytes")
     result: dict[str, Any] = {key: summary(row[key] for row in rows) for key in keys}
-    result["contents_right"] = sum(row["contents"] == "right" for row in rows)
-    result["contents_wrong"] = sorted({row["contents"] for row in rows} - {"right"})
-    return result
+    return result | verdicts(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

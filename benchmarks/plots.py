@@ -66,7 +66,7 @@ def _stall(document: dict[str, Any]) -> Figure:
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis)
     axes.set_xlim(left=10.0 ** floor(log10(min(one["min"] * 1e3 for one in spreads))))
-    axes.set_xlabel("training blocked by a save, ms (median; smallest to largest)")
+    axes.set_xlabel("training blocked by a save beside the peers, ms (median; smallest to largest)")
     return figure
 
 
@@ -93,7 +93,7 @@ def _many_tensors(document: dict[str, Any]) -> Figure:
     axes.set_yscale("log")
     _plain_ticks(axes.yaxis)
     axes.set_xlabel("tensors in the state")
-    axes.set_ylabel("training blocked by a save, ms (median)")
+    axes.set_ylabel("training blocked by a save beside the peers, ms (median)")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 

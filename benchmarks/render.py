@@ -24,8 +24,9 @@ do not edit. Each script measures in a process of its own. Figures are medians, 
 largest in brackets.
 """
 _HOW_TARGETS = """A target is met if the median is within it. The best peer is that of the same run whose
-median is the lowest among those that saved what they were given; it is named beside the figures. How each is
-measured is told in its section, which the target begins with.
+median is the lowest among those that saved what they were given; it is named beside the figures. What is not
+beside a peer is measured before the process makes any. How each is measured is told in its section, which the
+target begins with.
 """
 
 

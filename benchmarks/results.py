@@ -131,6 +131,18 @@ def summary(values: Iterable[float]) -> dict[str, float]:
     }
 
 
+def summaries(rows: list[dict[str, Any]], keys: Iterable[str]) -> dict[str, Any]:
+    """Of what there is: of a save that is durable at once there is no slowdown."""
+    found = {key: [row[key] for row in rows if row.get(key) is not None] for key in keys}
+    return {key: summary(values) for key, values in found.items() if values}
+
+
+def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How often the contents were right, and what they were otherwise."""
+    found = [row["contents"] for row in rows]
+    return {"contents_right": found.count("right"), "contents_wrong": sorted({*found} - {"right"})}
+
+
 def target(
     what: str, where: str, unit: str, limit: float, measured: dict[str, float], beside: str | None = None
 ) -> dict[str, Any]:

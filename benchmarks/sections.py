@@ -10,33 +10,34 @@ from .cells import bullets, size, spread, table, value
 
 _GIB = 1 << 30
 _HOW_STALL = """
-**How.** {state}: {weights} weights of {rows} x {columns} in float32, both moments of AdamW and a step
-counter each, {tensors} tensors in all. A training step is {compute_ms:.0f} ms of matmul on one thread, then a
-fused AdamW step over every weight; {step_ms:.0f} ms when nothing is being saved. {rounds} rounds, after one
-to warm up, are of ours alone: the process has made no peer yet. These are what training loses to us, and the
-absolute targets are about them. Then the peers are made, and {peer_rounds} rounds are of everybody: these are
-how we compare, and the best peer's target is about them. In each round every saver in turn, in an order that
-chance has made. A turn is a few quiet steps, a save, steps until that save is durable, quiet steps again. By
-then every tensor has changed; the files are read back with what the saver's users read them with, compared
-bit for bit with the state at the call, and deleted. Beside each save, before it in one round and after it in
-the next, as many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one new
-preallocated file, fsync; training is idle then. Once in a round of ours alone as many are written raw while
-training goes on, by threads of the same process: what it costs the steps that something is written at all. A
-peer that does not answer in time is out.
+**How.** {state}: {weights} weights of {rows} x {columns} in float32, both moments of AdamW and a step counter
+each, {tensors} tensors in all. A training step is {compute_ms:.0f} ms of matmul on one thread, then a fused
+AdamW step over every weight; {step_ms:.0f} ms when nothing is being saved. {rounds} rounds are of ours alone,
+before the process makes any peer: these are what training loses to us, and all targets but the best peer's
+are about them. Then the peers are made, and {peer_rounds} rounds are of everybody: these are how we compare,
+and the best peer's target is about them. One of each kind warms up. The two are apart in time: what differs
+between them may be the machine's hour as well as the peers. In each round every saver in turn, in an order
+that chance has made. A turn is a few quiet steps, a save, steps until that save is durable, quiet steps
+again. By then every tensor has changed; the files are read back with what the saver's users read them with,
+compared bit for bit with the state at the call, and deleted. Beside each save, before it in one round and
+after it in the next, as many bytes are written raw: {raw_threads} threads, O_DIRECT out of huge pages, one
+new preallocated file, fsync; training is idle then. Once in a round of ours alone as many are written raw
+while training goes on, by threads of the same process: what it costs the steps that something is written at
+all. A peer that does not answer in time is out.
 
-- *Blocked*: the time inside the call, and what optimizer hooks made the step wait afterwards, both timed
-  from outside, less what those hooks take in a quiet step ({idle_us:.0f} us): all our checkpointers stay in
-  the run, and their hooks in everybody's steps. The nested dictionary that a peer is given is made inside its
-  call, as its users make it.
+- *Blocked*: the time inside the call, and what optimizer hooks made the step wait afterwards, both timed from
+  outside, less what those hooks take in a quiet step ({idle_us:.0f} us in rounds of ours alone): all our
+  checkpointers stay in the run, and their hooks in everybody's steps. The nested dictionary that a peer is
+  given is made inside its call, as its users make it.
 - *Slowdown*: how much longer a step takes while the save is in flight, from the return of the call until
   durable: what the steps that began in that time took beyond quiet ones, by the rest of that time. Waits in
   hooks are in *blocked*, not here. Nothing is said where that time is less than half a quiet step.
 - *x ours*: blocked, beside the first line's save of the same round.
-- *Stolen*: the share of the machine's processors that it was not given during a turn, though there was
-  something to do: the machine is virtual, and shares them.
+- *Stolen*: the share of the processors' time that a virtual machine was not given, though there was something
+  to do: of a whole turn, not of the call. No figure is corrected by it.
 - *Lost*: all of it: from the call to the end of the last of those steps, less as many quiet steps.
-- *Durable*: from the call until files and their fsync are done; ours as its report says. Where the peer
-  knows no fsync, a thread of the benchmark adds it.
+- *Durable*: from the call until files and their fsync are done; ours as its report says. Where the peer knows
+  no fsync, a thread of the benchmark adds it.
 """
 _HOW_PHASES = """
 In the rounds of ours alone: what blocked, as measured and as `SaveReport` has it; then the time from the call
@@ -46,13 +47,14 @@ page faults how often memory was not there.
 """
 _HOW_MANY_TENSORS = """
 **How.** Saves under training as above, of states that have about the same bytes in ever more leaves: four for
-each weight. Here too some rounds are of ours alone, before the process makes any peer, and the absolute
-targets are about these; the best peer's is about the others. The more leaves, the longer peers take, and
-whoever reads back what was saved: so there are {rounds} rounds of ours alone, after one to warm up, and
-{peer_rounds} of everybody; a peer gets no other once a save took more than {slow_s:.0f} s. The host memory is
-{arena}, so that nothing waits for the disk. *Blocked* is as above, without what hooks take in a quiet step:
-{idle_us} us; *x layout dcp* compares saves of one round; *stolen* is as above. Contents are compared after
-training changed every tensor.
+each weight. Here too some rounds are of ours alone, of all these states before the process makes any peer,
+and all targets but the best peer's are about these; that is about rounds of everybody, of all states again.
+The more leaves, the longer peers take, and whoever reads back what was saved: so there are {rounds} rounds of
+ours alone, and {peer_rounds} of everybody, either after one of ours to warm up; peers come with one idle save
+behind them, and get no other once a save took more than {slow_s:.0f} s. The host memory is {arena}, so that
+nothing waits for the disk. *Blocked* is as above, without what hooks take in a quiet step: {idle_us} us in
+rounds of ours alone; *x layout dcp* compares saves of one round; *stolen* is as above. Contents are compared
+after training changed every tensor.
 """
 _HOW_WRITE = """
 **How.** Training idle; {rounds} rounds after one to warm up, two pairs in each, one in either order, {pairs}
@@ -81,13 +83,14 @@ byte where it belongs, into as much memory, before it is checked. On the other s
 raw.
 """
 _HOW_CPU = """
-**How.** Training idle; in each of {rounds} rounds, after one to warm up, every saver in turn, in an order
-that chance has made, saves {state}; peers in the last {peer_rounds} only. What all threads of the process
-spend on processors, user and system, from the call until durable, is the save's, and what processes beside it
-spend that some peers write with. Our checksums are in it; the peers make none. What the kernel writes back on
-threads of its own, for whoever writes through the page cache, is in nobody's account: it flatters the peers.
-Once a round, as many bytes are written raw by {raw_threads} threads: what the disk alone costs. And the state
-is copied by torch, on one thread, to memory that is there already: what a copy alone costs.
+**How.** Training idle; each saves {state}. {rounds} rounds are of ours alone, before the process makes any
+peer, and the target is about these; then {peer_rounds} are of everybody, in an order that chance has made.
+One of each kind warms up. What all threads of the process spend on processors, user and system, from the call
+until durable, is the save's, and what processes beside it spend that some peers write with. Our checksums are
+in it; the peers make none. What the kernel writes back on threads of its own, for whoever writes through the
+page cache, is in nobody's account: it flatters the peers. Once a round, as many bytes are written raw by
+{raw_threads} threads: what the disk alone costs. And the state is copied by torch, on one thread, to memory
+that is there already: what a copy alone costs.
 """
 _HOW_EVERY_STEP = """
 **How.** In each of {rounds} rounds, after one to warm up: {steps} quiet steps; {steps} steps with a save of
@@ -353,6 +356,7 @@ def _cpu(document: dict[str, Any]) -> list[str]:
         table(
             ("Saver", "Processor time per GiB", "User", "System", "Durable", "Contents right"),
             (
+                ("asyncckpt, alone", *_processor_times(document["alone"]), _contents(document["alone"])),
                 *(
                     (name, *_processor_times(one), _contents(one))
                     for name, one in document["summary"].items()

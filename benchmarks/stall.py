@@ -29,7 +29,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,7 +41,7 @@ from . import machine
 from .lineup import Lineup
 from .peers import PEERS
 from .raw_disk import RAW_THREADS, RawDisk, settle
-from .results import Options, best_peer_target, summary, target
+from .results import Options, best_peer_target, summaries, summary, target, verdicts
 from .savers import Asyncckpt, Saver
 from .workload import FULL, TINY, StepTime, Workload
 
@@ -209,7 +209,7 @@ def run(options: Options) -> dict[str, Any]:
 def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     facts = machine.describe(scratch)
     alone_rounds, peer_rounds = options.rounds_or(_ROUNDS), options.rounds_or(_PEER_ROUNDS)
-    rounds = alone_rounds + peer_rounds
+    rounds = alone_rounds + 1 + peer_rounds
     disk = RawDisk(scratch)
     whole = Asyncckpt(OURS[0], workload, scratch / "whole", workload.nbytes + (64 << 20))
     low = Asyncckpt(OURS[1], workload, scratch / "low", workload.nbytes + (64 << 20), writers_priority="low")
@@ -218,13 +218,14 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     raw_rows: list[dict[str, Any]] = []
     try:
-        for number in range(rounds + 1):  # the first warms up ours; peers come warm
+        for number in range(rounds + 1):
+            warms_up = number in (0, alone_rounds + 1)  # ours; everybody
             is_alone = number <= alone_rounds
             if number == alone_rounds + 1:
                 lineup.invite()
             if is_alone:
                 beside_raw = measure_beside_raw(workload, disk)
-                if number:
+                if not warms_up:
                     raw_rows.append({"round": number, **beside_raw})
             for saver in lineup.turns(number):
                 raw = None
@@ -245,7 +246,7 @@ def _run(options: Options, workload: Workload, scratch: Path) -> dict[str, Any]:
                     f"durable {row['durable_s']:.3f} s = {row['ratio']:.2f} raw, contents {row['contents']}",
                     file=sys.stderr,
                 )
-                if number:
+                if not warms_up:
                     rows.append(row)
     finally:
         lineup.close()
@@ -292,18 +293,6 @@ def _by_saver(rows: list[dict[str, Any]]) -> dict[str, Any]:
             **phases(of_saver),
         }
     return found
-
-
-def summaries(rows: list[dict[str, Any]], keys: Iterable[str]) -> dict[str, Any]:
-    """Of what there is: of a save that is durable at once there is no slowdown."""
-    found = {key: [row[key] for row in rows if row.get(key) is not None] for key in keys}
-    return {key: summary(values) for key, values in found.items() if values}
-
-
-def verdicts(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often the contents were right, and what they were otherwise."""
-    found = [row["contents"] for row in rows]
-    return {"contents_right": found.count("right"), "contents_wrong": sorted({*found} - {"right"})}
 
 
 def phases(rows: list[dict[str, Any]]) -> dict[str, Any]:

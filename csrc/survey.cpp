@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <string>
 #include <vector>
@@ -27,12 +28,12 @@ const dlpack::ExchangeApi* exchange_api(nb::handle capsule) {
   return reinterpret_cast<const dlpack::ExchangeApi*>(header);
 }
 
-// What torch's own attributes call in the end: its C++ functions by their names. By way of python each takes some
-// fifty nanoseconds, most of them for what stands around it; so, five. One that is not found is null.
+// What torch's own attributes call in the end: its C++ functions, by their names. By way of python each takes some
+// fifty nanoseconds, most of them for what stands around it; so, five.
 //
 // They take the address of an `at::Tensor`, which is where an object keeps its body, or of the body, a
-// `c10::TensorImpl`. Their names say what they take, not what they return: see `inside_agrees` in
-// asyncckpt/survey.py.
+// `c10::TensorImpl`. Their names say what they take, not what they return: `inside_agrees` in asyncckpt/survey.py
+// finds out.
 struct Inside {
   int64_t (*version)(const void* tensor) = nullptr;
   bool (*is_neg)(const void* tensor) = nullptr;
@@ -49,6 +50,9 @@ struct Inside {
     find(library, "_ZNK3c1010TensorImpl13requires_gradEv", &requires_grad);
     dlclose(library);  // torch itself keeps it
   }
+  bool is_complete() const {
+    return version != nullptr && is_neg != nullptr && requires_grad != nullptr;
+  }
 
  private:
   template <typename Function>
@@ -56,6 +60,12 @@ struct Inside {
     *function = reinterpret_cast<Function>(dlsym(library, name));
   }
 };
+
+// Looked for once.
+const Inside* inside_of(const dlpack::ExchangeApi& api) {
+  static const Inside found(api);
+  return found.is_complete() ? &found : nullptr;
+}
 
 // The types that objects are asked to have, exactly.
 class Types {
@@ -150,40 +160,45 @@ const char* body_of(const PyObject* object) {
   return body;
 }
 
-// Where it is: what C++ takes for the tensor.
+// The address of an object's `at::Tensor`, which is nothing but that word.
 const void* tensor_of(const PyObject* object) { return object + 1; }
 
-// What DLPack does not say. Torch's functions are called where they may be and where nobody put something else in
-// the place of the attribute that stands for them.
+// What DLPack does not say. Torch's functions are called if they may be, and if nobody put something else in the
+// place of an attribute that stands for one of them.
 class Asked {
  public:
-  Asked(const Types& types, const dlpack::ExchangeApi& api, bool inside)
+  Asked(const Types& types, const Inside* inside)
       : version_(types, "_version"),
         requires_grad_(types, "requires_grad"),
         is_neg_(types, "is_neg"),
-        inside_(api) {
-    if (!inside || !version_.is_torchs_own()) inside_.version = nullptr;
-    if (!inside || !requires_grad_.is_torchs_own()) inside_.requires_grad = nullptr;
-    if (!inside || !is_neg_.is_torchs_own()) inside_.is_neg = nullptr;
-  }
+        inside_(version_.is_torchs_own() && requires_grad_.is_torchs_own() &&
+                        is_neg_.is_torchs_own()
+                    ? inside
+                    : nullptr) {}
+
+  bool is_inside() const { return inside_ != nullptr; }
 
   int64_t version(PyObject* object) const {
-    return inside_.version != nullptr ? inside_.version(tensor_of(object))
-                                      : number_of(version_(object));
+    if (inside_ == nullptr) return number_of(version_(object));
+    try {
+      return inside_->version(tensor_of(object));
+    } catch (const std::exception&) {  // it has none; python says that without torch's stack
+      return number_of(version_(object));
+    }
   }
   bool requires_grad(PyObject* object) const {
-    return inside_.requires_grad != nullptr ? inside_.requires_grad(body_of(object))
-                                            : requires_grad_(object).is(nb::handle(Py_True));
+    return inside_ != nullptr ? inside_->requires_grad(body_of(object))
+                              : requires_grad_(object).is(nb::handle(Py_True));
   }
   bool is_neg(PyObject* object) const {
-    return inside_.is_neg != nullptr ? inside_.is_neg(tensor_of(object))
-                                     : is_neg_(object).is(nb::handle(Py_True));
+    return inside_ != nullptr ? inside_->is_neg(tensor_of(object))
+                              : is_neg_(object).is(nb::handle(Py_True));
   }
 
  private:
   Attribute version_, requires_grad_;
   Method is_neg_;
-  Inside inside_;
+  const Inside* inside_;
 };
 
 template <typename Number>
@@ -252,7 +267,7 @@ nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool wi
   if (api == nullptr || api->tensor_from_object == nullptr) return nb::none();
   const Types types(kinds);
   const bool has_bodies = have_bodies(tensors, types);
-  const Asked asked(types, *api, inside && has_bodies);
+  const Asked asked(types, inside && has_bodies ? inside_of(*api) : nullptr);
   const Method untyped_storage(types, "untyped_storage");
   const size_t count = tensors.size();
   auto addresses = std::make_unique<uint64_t[]>(count);
@@ -276,7 +291,8 @@ nb::object survey(nb::list tensors, nb::tuple kinds, nb::handle capsule, bool wi
     if (with_storages) storages.append(untyped_storage(tensor));
   }
   return nb::make_tuple(as_array(std::move(addresses), count), as_array(std::move(versions), count),
-                        nb::bytes(forms.data(), forms.size() * sizeof(int64_t)), storages);
+                        nb::bytes(forms.data(), forms.size() * sizeof(int64_t)), storages,
+                        asked.is_inside());
 }
 
 }  // namespace asyncckpt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import subprocess
@@ -55,7 +56,7 @@ def test_stall_verifies_every_save_of_ours_and_of_the_peers(results: Path) -> No
         assert row["blocked_s"] == row["call_s"] + row["fence_s"]
         assert 0 < row["call_s"] < row["durable_s"] + 1e-3
         assert 0 < row["call_cpu_s"] <= row["call_s"] + 1e-3
-        assert 0 <= row["stolen"] <= 1
+        assert row["stolen"] >= 0
     assert len(document["summary"]) + len(document["cannot_run"]) == 12
 
 
@@ -173,46 +174,67 @@ def test_many_tensors_verifies_every_save_at_every_size(results: Path) -> None:
         assert ratio["measured"] == size["alone"]["asyncckpt, megatron"]["x_dcp"]
 
 
-def test_ours_are_alone_until_peers_are_invited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No peer has been made, let alone imported, when the rounds end that the absolute targets are about."""
+@pytest.mark.parametrize(("name", "sizes", "ours"), [("stall", 1, 3), ("many_tensors", 3, 2), ("cpu", 1, 1)])
+def test_ours_are_alone_until_the_first_peer_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, sizes: int, ours: int
+) -> None:
+    """In the rounds that absolute targets are about, and of every size."""
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import lineup, many_tensors, stall
+    from benchmarks import lineup, savers
     from benchmarks.results import Options
 
     events: list[str] = []
 
     class Peer:
+        note = "is slow"
+
         def __init__(self, name: str, workload: Any, directory: Path) -> None:
             events.append("peer made")
-            raise OSError("no disk")
+            self.name = name
+            self._saver = savers.Asyncckpt(name, workload, directory, 64 << 20)
 
-    def measured(workload: Any, saver: Any, step: int) -> dict[str, Any]:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._saver, name)
+
+    script = importlib.import_module(f"benchmarks.{name}")
+    real = lineup.Lineup.measure
+
+    def measured(self: Any, saver: Any, measurement: Any) -> Any:
         events.append(saver.name)
-        return stall.measure(workload, saver, step)
+        return real(self, saver, measurement)
 
     monkeypatch.setattr(lineup, "PEERS", {"torch.save": Peer})
-    monkeypatch.setattr(many_tensors, "measure", measured)
-    monkeypatch.setattr(many_tensors, "TINY", many_tensors.TINY[:1])
-    monkeypatch.setattr(many_tensors, "best_peer_target", lambda *of: {})
-    options = Options.make(directory=tmp_path / "scratch", out=tmp_path, tiny=True)
-    document = many_tensors.run(options)
-    assert document["cannot_run"] == {"torch.save": "8 leaves: OSError: no disk"}
-    made = events.index("peer made")
-    assert (made, len(events)) == (2 * 3, 2 * 5 + 1)  # one to warm up and two; then two more
-    assert [row["alone"] for row in document["rows"]] == [True] * 4 + [False] * 4
+    monkeypatch.setattr(lineup.Lineup, "measure", measured)
+    document = script.run(Options.make(directory=tmp_path / "scratch", out=tmp_path, tiny=True, rounds=2))
+    before = events[: events.index("peer made")]
+    assert events.count("peer made") == sizes
+    again = ours if name == "many_tensors" else 0  # warmed up once more, by now of the first size
+    assert len(before) == sizes * ours * 3 + again
+    rows = document["rows"]
+    assert [row["alone"] for row in rows] == [True] * (sizes * ours * 2) + [False] * (sizes * (ours + 1) * 2)
+    assert "torch.save" not in {row["saver"] for row in rows if row["alone"]}
 
 
 def test_the_share_of_processors_that_are_stolen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import machine
 
-    real = Path.read_text
-    stat = "cpu  100 0 50 800 10 0 5 35 20 0\ncpu0 1 2 3\n"
-    monkeypatch.setattr(Path, "read_text", lambda path: stat if str(path) == "/proc/stat" else real(path))
+    real, now_s, ticks = Path.read_text, 100.0, 55
+
+    def read_text(path: Path) -> str:
+        return (
+            f"cpu  100 0 50 800 10 0 5 {ticks} 20 0\ncpu0 1 2 3\n"
+            if str(path) == "/proc/stat"
+            else real(path)
+        )
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now_s)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.os, "sysconf", {"SC_CLK_TCK": 100}.get)
     stolen = machine.Stolen()
-    assert stolen.share() == 0  # no tick has passed
-    stat = "cpu  150 0 60 820 10 0 5 55 70 0\ncpu0 1 2 3\n"
-    assert stolen.share() == 0.2  # 20 of 100: what guests have is part of user
+    now_s, ticks = 100.5, 75  # 0.2 of one processor's second, in half a second of two
+    assert stolen.share() == pytest.approx(0.2)
 
 
 def test_loads_are_verified_and_paired_with_raw_reads_in_either_order(results: Path) -> None:
@@ -242,8 +264,9 @@ def test_processor_time_is_that_of_saves_that_were_right(results: Path) -> None:
     document = json.loads((results / "cpu.json").read_text())
     for row in (*document["rows"], *document["raw_rows"], *document["copy_rows"]):
         assert row["cpu_s_per_gib"] == row["user_s_per_gib"] + row["system_s_per_gib"] > 0
-    assert document["summary"]["asyncckpt"]["contents_right"] == document["config"]["rounds"]
-    assert document["targets"][0]["measured"] == document["summary"]["asyncckpt"]["cpu_s_per_gib"]
+    assert document["alone"]["contents_right"] == document["config"]["rounds"]
+    assert document["summary"]["asyncckpt"]["contents_right"] == document["config"]["peer_rounds"]
+    assert document["targets"][0]["measured"] == document["alone"]["cpu_s_per_gib"]
 
 
 def test_saves_at_each_step_are_right_and_reported(results: Path) -> None:

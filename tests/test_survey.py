@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncckpt import survey as survey_room
 from asyncckpt.sections.walk import Walker
 from asyncckpt.survey import NotSurveyedError, columns, entries_of, identities, survey
 
+ROOT = Path(__file__).resolve().parent.parent
+
 surveyed = pytest.mark.skipif(
     survey_room._EXCHANGE_API is None, reason="this torch has no table of functions to ask tensors by"
+)
+
+
+asked_inside = pytest.mark.skipif(
+    not survey_room.inside_agrees(), reason="torch's functions are not found in this torch"
 )
 
 
@@ -152,6 +162,10 @@ def test_what_somebody_put_in_place_of_torchs_own_is_asked(
             survey(tensors, forms=True)
         return
     found = survey(tensors, forms=True, storages=True)
+    *_, was_inside = survey_room._native.survey(
+        tensors, survey_room.PLAIN, survey_room._EXCHANGE_API, inside=True
+    )
+    assert was_inside == (name == "untyped_storage" and survey_room.inside_agrees())
     assert found.addresses.tolist() == before.addresses.tolist()
     assert (found.versions == 7).all() == (name == "_version")
     assert (found.forms != before.forms) == (name == "requires_grad")
@@ -175,7 +189,7 @@ def of_every_kind() -> list[torch.Tensor]:
     return tensors
 
 
-@surveyed
+@asked_inside
 def test_torch_is_asked_past_python_and_says_the_same() -> None:
     """A mode sees every call that python makes of torch: of those that have been found it sees none."""
 
@@ -203,46 +217,108 @@ def test_torch_is_asked_past_python_and_says_the_same() -> None:
     assert found.forms == expected[2]
 
 
-@surveyed
+def test_the_torch_that_is_built_for_is_asked_past_python() -> None:
+    """Should a torch rename them, all else still works, and nobody would notice that it is slower."""
+    if f"torch=={torch.__version__.partition('+')[0]}\n" not in (ROOT / "constraints.txt").read_text():
+        pytest.skip("another torch")
+    assert survey_room.inside_agrees()
+
+
+@asked_inside
+@pytest.mark.parametrize("version", [255, 256, 65536, 2**31 - 1, 2**31, 2**32 - 1])
+def test_versions_past_python_are_whole(version: int) -> None:
+    tensor = torch.zeros(2)
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+    assert tensor._version == version
+    assert survey([tensor]).versions.tolist() == [version]
+
+
+@asked_inside
 @pytest.mark.parametrize("place", [0, 10, 99])
 @pytest.mark.parametrize("forms", [True, False])
-def test_past_python_tensors_without_an_answer_are_refused(place: int, forms: bool) -> None:
+def test_past_python_tensors_without_a_version_are_refused(place: int, forms: bool) -> None:
     tensors = [torch.zeros(2) for _ in range(100)]
     survey(tensors, forms=forms)
     with torch.inference_mode():
-        tensors[place] = torch.zeros(2)  # has no version
-    with pytest.raises(NotSurveyedError):
+        tensors[place] = torch.zeros(2)
+    with pytest.raises(NotSurveyedError) as refusal:
         survey(tensors, forms=forms)
+    assert str(refusal.value.__cause__) == "Inference tensors do not track version counter."
+
+
+@asked_inside
+@pytest.mark.parametrize("place", [0, 10, 99])
+def test_past_python_negated_tensors_are_refused_where_forms_matter(place: int) -> None:
+    tensors = [torch.zeros(2) for _ in range(100)]
     tensors[place] = torch._neg_view(torch.zeros(2))
-    if forms:
-        with pytest.raises(NotSurveyedError):
-            survey(tensors, forms=True)
+    assert len(survey(tensors).addresses) == 100
+    with pytest.raises(NotSurveyedError) as refusal:
+        survey(tensors, forms=True)
+    assert str(refusal.value.__cause__) == "a tensor is not dense"
 
 
-@surveyed
-@pytest.mark.parametrize("lie", ["version", "form", "neg", "none"])
-def test_functions_that_say_something_else_than_torchs_attributes_are_not_called(
+LIES: dict[str, Any] = {
+    "nothing": lambda found: found,
+    "another version": lambda found: (found[0], np.where(found[1] == 300, 44, found[1]), *found[2:]),
+    "another form": lambda found: (*found[:2], found[2][:-8] + b"\1" + bytes(7), *found[3:]),
+    "not asked": lambda found: (*found[:4], False),
+}
+
+
+@asked_inside
+@pytest.mark.parametrize("lie", LIES)
+def test_functions_that_say_something_else_than_attributes_are_not_called(
     monkeypatch: pytest.MonkeyPatch, lie: str
 ) -> None:
     real = survey_room._native.survey
+    monkeypatch.setattr(
+        survey_room._native, "survey", lambda *of: LIES[lie](real(*of)) if of[-1] else real(*of)
+    )
+    assert survey_room.inside_agrees.__wrapped__() == (lie == "nothing")
 
-    def lying(tensors: Any, kinds: Any, api: Any, forms: bool, storages: bool, inside: bool) -> Any:
-        try:
-            found = real(tensors, kinds, api, forms, storages, inside)
-        except ValueError:
-            if lie == "neg" and inside:
-                return real(tensors[:-1], kinds, api, forms, storages, inside)
-            raise
-        assert found is not None
-        addresses, versions, seen, held = found
-        if inside and lie == "version":
-            versions = np.where(versions == 15, 0, versions)
-        if inside and lie == "form":
-            seen = seen[:-8] + bytes(8)
-        return addresses, versions, seen, held
 
-    monkeypatch.setattr(survey_room._native, "survey", lying)
-    assert survey_room.inside_agrees.__wrapped__() == (lie == "none")
+@asked_inside
+@pytest.mark.parametrize("kind", ["inference", "negated"])
+def test_functions_that_refuse_nothing_are_not_called(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    real = survey_room._native.survey
+
+    def credulous(tensors: Any, *of: Any) -> Any:
+        odd = [one.is_inference() if kind == "inference" else one.is_neg() for one in tensors]
+        return real(
+            [torch.zeros(1) if is_odd else one for one, is_odd in zip(tensors, odd, strict=True)], *of
+        )
+
+    monkeypatch.setattr(survey_room._native, "survey", credulous)
+    assert not survey_room.inside_agrees.__wrapped__()
+
+
+@asked_inside
+def test_whether_functions_agree_is_found_out_whatever_mode_the_caller_is_in() -> None:
+    class Refusing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise AssertionError("seen by the caller's mode")
+
+    find_out = survey_room.inside_agrees.__wrapped__
+    with Refusing():
+        assert find_out()
+    with FakeTensorMode():
+        assert find_out()
+    with torch.inference_mode(), torch.device("meta"):
+        assert find_out()
+    asked = []
+    torch.func.grad(lambda x: (asked.append(find_out()), x * 2)[1])(torch.zeros(()))
+    assert asked == [True]
+
+
+@asked_inside
+@pytest.mark.parametrize("name", ["_version", "requires_grad", "is_neg"])
+def test_attributes_that_somebody_replaced_do_not_stand_for_torchs(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(torch.Tensor, name, getattr(torch.nn.Parameter, name))
+    assert survey_room.inside_agrees.__wrapped__()  # it is the same one, in another place
+    monkeypatch.setattr(torch.Tensor, name, PATCHES[name])
+    assert not survey_room.inside_agrees.__wrapped__()
 
 
 def test_modules_that_are_not_pythons_say_themselves_what_they_hold() -> None:
