@@ -89,7 +89,10 @@ def inside_agrees() -> bool:
     """
     answers = [False]
     thread = threading.Thread(target=lambda: answers.append(_agrees()), name="asyncckpt-survey")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # no thread can be had: whoever needs one says so, attributes need none
+        return False
     thread.join()
     return answers[-1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -308,6 +309,14 @@ def test_whether_functions_agree_is_found_out_whatever_mode_the_caller_is_in() -
     asked = []
     torch.func.grad(lambda x: (asked.append(find_out()), x * 2)[1])(torch.zeros(()))
     assert asked == [True]
+
+
+def test_where_no_thread_can_be_had_attributes_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert not survey_room.inside_agrees.__wrapped__()
 
 
 @asked_inside
